@@ -1,0 +1,19 @@
+"""What a person drags: one file a node."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .layer_stream_model import LayerStreamModel
+
+
+class LayerStreamExtension(ComfyExtension):
+    """The pack's nodes; registering its routes here, since ComfyUI 0.3.75 never calls `on_load`."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from server import PromptServer
+
+        from ..streaming.host.telemetry import register_routes
+
+        register_routes(PromptServer.instance)
+        return [LayerStreamModel]

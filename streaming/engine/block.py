@@ -1,0 +1,177 @@
+"""What is streamed: a block is a name, a module and the weights under it, laid out one after another.
+
+In: a torch module. Out: `Block`s whose weights have fixed offsets, so that any tail of a block is one contiguous run of
+bytes. Nothing here allocates device memory or knows when a block runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .codec import Codec, align, codec_for
+
+DtypeOf = Callable[[torch.nn.Module, str], torch.dtype | None]
+
+
+class Site(NamedTuple):
+    """One place where a module keeps a weight; a shared weight has several."""
+
+    module: torch.nn.Module
+    name: str
+    is_buffer: bool
+
+    def put(self, tensor: torch.Tensor) -> None:
+        if self.is_buffer:
+            self.module._buffers[self.name] = tensor
+        else:
+            self.module._parameters[self.name] = as_parameter(tensor)
+
+    def get(self) -> torch.Tensor:
+        table = self.module._buffers if self.is_buffer else self.module._parameters
+        tensor = table[self.name]
+        assert tensor is not None
+        return tensor
+
+
+def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    if isinstance(tensor, torch.nn.Parameter):
+        return tensor
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+class Weight:
+    """One parameter or buffer of a block.
+
+    `home` is its unmodified host tensor: the model's own at first, later a view of a slab that took its place.
+    `keys` are its names in the model's state dict, more than one where modules share it.
+    """
+
+    __slots__ = ("codec", "home", "keys", "offset", "sites")
+
+    def __init__(self, keys: tuple[str, ...], sites: tuple[Site, ...], codec: Codec, home: torch.Tensor) -> None:
+        self.keys = keys
+        self.sites = sites
+        self.codec = codec
+        self.home = home
+        self.offset = 0
+
+    @property
+    def end(self) -> int:
+        """First byte after this weight in its block, aligned."""
+        return self.offset + align(self.codec.stored_bytes)
+
+    @property
+    def dtype_changes(self) -> bool:
+        """True where the codec converts the home tensor, so that its stored bytes cannot stand in for it."""
+        return getattr(self.codec, "dtype", self.home.dtype) != self.home.dtype
+
+    def put(self, tensor: torch.Tensor) -> None:
+        for site in self.sites:
+            site.put(tensor)
+
+    def current(self) -> torch.Tensor:
+        """What the module holds right now."""
+        return self.sites[0].get()
+
+
+def ready_to_put(views: Iterable[tuple[Weight, torch.Tensor]]) -> list[tuple[Weight, torch.Tensor]]:
+    """Wrap tensors as their sites want them, so that putting them there later costs one dictionary write."""
+    return [(weight, tensor if weight.sites[0].is_buffer else as_parameter(tensor)) for weight, tensor in views]
+
+
+class OffloadableBlock(Protocol):
+    """What the runner needs of a block; its `module`'s forward is what the runner brackets."""
+
+    name: str
+    module: torch.nn.Module
+
+    def weight_bytes(self) -> int: ...
+
+    def to_device(self, device: torch.device) -> None: ...
+
+
+class Block:
+    """A module's weights in the order they give up residency last: small ones first, the largest at the end.
+
+    The first weights of this order stay on the device and the rest streams, so a plan is one cut a block and moving
+    the cut never needs a new layout.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Module, weights: Iterable[Weight]) -> None:
+        self.name = name
+        self.module = module
+        self.weights = tuple(sorted(weights, key=lambda weight: weight.codec.stored_bytes))
+        offset = 0
+        for weight in self.weights:
+            weight.offset = offset
+            offset = weight.end
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as laid out, alignment included."""
+        return self.weights[-1].end if self.weights else 0
+
+    def to_device(self, device: torch.device) -> None:
+        """Put every weight on `device`: the home tensors for the host, plain copies elsewhere."""
+        for weight in self.weights:
+            weight.put(weight.home if device.type == "cpu" else weight.home.to(device))
+
+    def offset_of(self, cut: int) -> int:
+        """Byte at which the weights from index `cut` on begin; the end of the block when none is left."""
+        return self.weights[cut].offset if cut < len(self.weights) else self.weight_bytes()
+
+    def views(self, stored: torch.Tensor, first: int, last: int, base: int) -> list[tuple[Weight, torch.Tensor]]:
+        """Decode weights `first`..`last` - 1 from `stored`, whose byte 0 is byte `base` of the block."""
+        decoded = []
+        for weight in self.weights[first:last]:
+            start = weight.offset - base
+            decoded.append((weight, weight.codec.decode(stored[start : start + weight.codec.stored_bytes])))
+        return decoded
+
+
+class ModelBlocks(NamedTuple):
+    """A model taken apart: the blocks, and as one more block everything that must always be on the device."""
+
+    blocks: tuple[Block, ...]
+    outside: Block
+
+
+def take_apart(
+    root: torch.nn.Module,
+    units: Sequence[tuple[str, torch.nn.Module]],
+    dtype_of: DtypeOf = lambda module, name: None,
+) -> ModelBlocks:
+    """Divide the weights of `root` among `units` (name, submodule); what lies in none or in several goes outside.
+
+    `dtype_of(module, name)` says to which dtype a weight is converted when it is stored, None for its own.
+    Raises ValueError when one unit lies inside another.
+    """
+    owner: dict[torch.nn.Module, int] = {}
+    for index, (name, unit) in enumerate(units):
+        for module in unit.modules():
+            if owner.setdefault(module, index) != index:
+                raise ValueError(f"block `{name}` shares the module of block `{units[owner[module]][0]}`")
+
+    sites: dict[int, list[tuple[str, Site, int | None]]] = {}
+    for prefix, module in root.named_modules():
+        tables = ((module._parameters, False), (module._buffers, True))
+        for table, is_buffer in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    key = f"{prefix}.{name}" if prefix else name
+                    sites.setdefault(id(tensor), []).append((key, Site(module, name, is_buffer), owner.get(module)))
+
+    divided: dict[int | None, list[Weight]] = {}
+    for places in sites.values():
+        _, site, index = places[0]
+        tensor = site.get()
+        home = tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor
+        codec = codec_for(home, dtype_of(site.module, site.name))
+        weight = Weight(tuple(place[0] for place in places), tuple(place[1] for place in places), codec, home)
+        shared = any(place[2] != index for place in places)
+        divided.setdefault(None if shared else index, []).append(weight)
+
+    blocks = tuple(Block(name, unit, divided.get(index, ())) for index, (name, unit) in enumerate(units))
+    return ModelBlocks(blocks, Block("(outside blocks)", root, divided.get(None, ())))

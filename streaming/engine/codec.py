@@ -1,0 +1,96 @@
+"""How one weight's bytes travel between host and device.
+
+In: the weight as the model holds it. Out: a codec that knows how many bytes it needs, writes them into a host slab and
+reads a tensor back from bytes that lie on either side. A codec owns no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+ALIGNMENT_BYTES = 256
+
+
+def align(size_bytes: int) -> int:
+    """Round up to the alignment every tensor in a slab or slot starts at."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class Codec(Protocol):
+    """One weight's storage form; `stored_bytes` is what it takes in a slab, a slot and on the link."""
+
+    @property
+    def stored_bytes(self) -> int: ...
+
+    def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
+        """Write `weight` (any device) into `stored`, a uint8 tensor [stored_bytes]."""
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """Give the weight whose bytes lie in `stored` [stored_bytes], on that tensor's device, without copying."""
+
+
+@dataclass(frozen=True)
+class RawCodec:
+    """Bytes as they are, in the weight's own memory format when it is dense, else contiguous."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
+        self.decode(stored).copy_(weight)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        flat = stored[: self.stored_bytes].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+
+@dataclass(frozen=True)
+class WrapperCodec:
+    """A tensor subclass (a quantised tensor, say) by its own flatten protocol: inner tensors raw, one after another."""
+
+    kind: type
+    parts: tuple[tuple[str, Codec], ...]
+    context: Any
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(align(part.stored_bytes) for _, part in self.parts)
+
+    def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
+        for (name, part), piece in zip(self.parts, self._pieces(stored), strict=True):
+            part.encode(getattr(weight, name), piece)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        inner = {
+            name: part.decode(piece)
+            for (name, part), piece in zip(self.parts, self._pieces(stored), strict=True)
+        }
+        return self.kind.__tensor_unflatten__(inner, self.context, self.shape, self.stride)  # type: ignore[attr-defined]
+
+    def _pieces(self, stored: torch.Tensor) -> list[torch.Tensor]:
+        pieces, offset = [], 0
+        for _, part in self.parts:
+            pieces.append(stored[offset : offset + part.stored_bytes])
+            offset += align(part.stored_bytes)
+        return pieces
+
+
+def codec_for(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Codec:
+    """Choose how `weight` travels; `dtype` is the one it is converted to on its way into the slab, None for its own."""
+    if is_traceable_wrapper_subclass(weight):
+        names, context = weight.__tensor_flatten__()
+        parts = tuple((name, codec_for(getattr(weight, name))) for name in names)
+        return WrapperCodec(type(weight), parts, context, tuple(weight.shape), tuple(weight.stride()))
+    dense = torch.empty_like(weight, device="meta")  # preserves strides only where they are dense
+    return RawCodec(tuple(weight.shape), tuple(dense.stride()), dtype or weight.dtype)

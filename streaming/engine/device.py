@@ -1,0 +1,120 @@
+"""What the engine needs of a device, and CUDA as the one that ships.
+
+A device gives memory, copies on a stream, events and page-locking. It holds no policy: who copies what and when is the
+pipeline's business. `simulated.py` has the other implementation.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+
+logger = logging.getLogger("layerstream")
+
+
+class Event(Protocol):
+    """A point in a stream's work; the same meaning as torch.cuda.Event with timing."""
+
+    def record(self, stream: Stream) -> None: ...
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: Event) -> float: ...
+
+
+class Stream(Protocol):
+    """Work in order; the same meaning as torch.cuda.Stream."""
+
+    def wait_event(self, event: Event) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Device(Protocol):
+    """Memory, copies and events of one accelerator."""
+
+    name: str
+    torch_device: torch.device
+    holds_activations: bool
+    """True where compute takes memory from the same place as weights."""
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        """Give a uint8 tensor [size_bytes] that is returned when its last view dies.
+
+        Raises torch.OutOfMemoryError.
+        """
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        """Start copying host bytes `source` to device bytes `destination` on `stream` and return at once."""
+
+    def retire(self, memory: torch.Tensor) -> None:
+        """Say that what is in `memory` will not be read again, after the work on the compute stream so far."""
+
+    def copy_stream(self) -> Stream: ...
+    def compute_stream(self) -> Stream: ...
+    def event(self) -> Event: ...
+
+    def page_lock(self, memory: torch.Tensor) -> bool:
+        """Lock a host uint8 tensor's pages; False when the system refuses."""
+
+    def page_unlock(self, address: int) -> None: ...
+
+    def free_bytes(self) -> int: ...
+    def peak_bytes(self) -> int: ...
+
+
+class CudaDevice:
+    """A CUDA (or ROCm) device through torch."""
+
+    name = "cuda"
+    holds_activations = True
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        # ComfyUI runs nodes in inference mode; memory made there could not be written to outside it.
+        with torch.inference_mode(False):
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            destination.copy_(source, non_blocking=True)
+
+    def retire(self, memory: torch.Tensor) -> None:
+        pass
+
+    def copy_stream(self) -> Stream:
+        return torch.cuda.Stream(self.torch_device)  # type: ignore[return-value]
+
+    def compute_stream(self) -> Stream:
+        return torch.cuda.current_stream(self.torch_device)  # type: ignore[return-value]
+
+    def event(self) -> Event:
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[return-value]
+
+    def page_lock(self, memory: torch.Tensor) -> bool:
+        failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0
+        if failed:
+            self._clear_error()
+        return not failed
+
+    def page_unlock(self, address: int) -> None:
+        if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
+            self._clear_error()
+
+    def _clear_error(self) -> None:
+        # CUDA keeps the last error until someone reads it; the next kernel launch would report ours as its own.
+        try:
+            torch.zeros(1, device=self.torch_device).add_(1)
+        except RuntimeError as error:
+            logger.debug("cleared a CUDA error left by page-locking: %s", error)
+
+    def free_bytes(self) -> int:
+        """What the driver has free plus what torch's allocator holds unused."""
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + cached
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.torch_device)

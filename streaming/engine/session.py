@@ -1,0 +1,321 @@
+"""A model being streamed: residents, slabs, ring and pipeline of one module, from attach to close.
+
+In: a module taken apart, a device, plans. Out: the module runs with at most the planned bytes on the device. The session
+changes nothing of a module but which tensors stand in its parameter and buffer tables, and puts the home tensors back.
+
+States: `unloaded` (home tensors everywhere) -> `load` -> `loaded` (residents on the device, streamed weights on the
+host) -> `running` inside `one_pass`. `unload` and `close` lead back from anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from .block import Block, ModelBlocks, Weight, ready_to_put
+from .device import Device
+from .meter import Meter
+from .pipeline import Pipeline, StreamedBlock
+from .plan import BlockSizes, Plan
+from .ring import Ring
+from .store import HostStore, Slab
+from .walk import Walk
+
+# What a weight is to hold: None for its home tensor, else the changed one, on any device.
+Changed = Callable[[Weight], torch.Tensor | None]
+Progress = Callable[[int, int], None]
+
+
+class Marks(NamedTuple):
+    """How the host says what is in a block: a different mark means that its stored bytes are out of date."""
+
+    blocks: tuple[Hashable, ...]
+    outside: Hashable
+
+
+class Session:
+    """Streams the blocks of one module on one device. Not thread-safe: it belongs to the thread that runs the model."""
+
+    def __init__(self, parts: ModelBlocks, device: Device, keep_home: Callable[[torch.Tensor], bool]) -> None:
+        """`keep_home(tensor)` says whether a home tensor costs no memory of its own (mapped from a file, say).
+
+        Such a one is kept when a slab holds a copy of it; any other is replaced by the slab, so that no weight is in
+        host memory twice.
+        """
+        self.parts = parts
+        self.device = device
+        self.meter = Meter(device)
+        self.plan: Plan | None = None
+        self.is_running = False
+        self._keep_home = keep_home
+        self._store = HostStore(device)
+        self._walk = Walk(range(len(parts.blocks)))
+        self._marks: Marks | None = None
+        self._slab_marks: dict[int, Hashable] = {}
+        self._streamed: dict[int, StreamedBlock] = {}
+        self._evicted: set[int] = set()
+        self._ring: Ring | None = None
+        self._pipeline: Pipeline | None = None
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    def sizes(self) -> list[BlockSizes]:
+        """What the planner needs to know, in the order the blocks are known to run."""
+        return [
+            BlockSizes(block.name, tuple(weight.end - weight.offset for weight in block.weights))
+            for block in self.parts.blocks
+        ]
+
+    @property
+    def outside_bytes(self) -> int:
+        return self.parts.outside.weight_bytes()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights as laid out."""
+        return self.outside_bytes + sum(block.weight_bytes() for block in self.parts.blocks)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights on the device now, in blocks and outside."""
+        if self.plan is None:
+            return 0
+        evicted = sum(self._kept_bytes(index) for index in self._evicted)
+        return self.plan.outside_bytes + self.plan.resident_bytes - evicted
+
+    def _kept_bytes(self, index: int) -> int:
+        assert self.plan is not None
+        return self.parts.blocks[index].offset_of(self.plan.cuts[index])
+
+    @property
+    def ring_bytes(self) -> int:
+        return self._ring.ring_bytes if self._ring else 0
+
+    @property
+    def host_bytes(self) -> int:
+        return self._store.host_bytes
+
+    @property
+    def page_locked_bytes(self) -> int:
+        return self._store.page_locked_bytes
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        plan: Plan,
+        *,
+        marks: Marks | None = None,
+        changed: Changed = lambda weight: None,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        """Bring the module to `plan`: residents on the device, streamed weights in slabs.
+
+        What already is as the plan wants it, with the same mark, is left alone. Raises torch.OutOfMemoryError when the
+        device refuses; the session is then unloaded.
+        """
+        assert not self.is_running, "a plan cannot change inside a pass"
+        marks = marks or Marks((None,) * len(self.parts.blocks), None)
+        self.end_run()
+        total, done = self.total_bytes, 0
+        previous, self.plan = self.plan, None
+        old = self._marks if previous else None
+        try:
+            stale = [
+                not previous
+                or index in self._evicted
+                or previous.cuts[index] != plan.cuts[index]
+                or old.blocks[index] != marks.blocks[index]
+                for index in range(len(self.parts.blocks))
+            ]
+            # What goes is given back before anything comes, so that the sum never exceeds the larger of both plans.
+            for index, block in enumerate(self.parts.blocks):
+                if previous and stale[index]:
+                    block.to_device(torch.device("cpu"))
+            for index, block in enumerate(self.parts.blocks):
+                if stale[index]:
+                    self._load_block(index, plan.cuts[index], marks.blocks[index], changed)
+                done += block.weight_bytes()
+                progress(done, total)
+            if not previous or old.outside != marks.outside:
+                self.parts.outside.to_device(torch.device("cpu"))
+                self._load_resident(self.parts.outside, len(self.parts.outside.weights), changed)
+            progress(total, total)
+        except BaseException:
+            self.unload()
+            raise
+        self.plan, self._marks = plan, marks
+        self._evicted.clear()
+        if previous is None or previous.cuts != plan.cuts:
+            self.meter.forget_times()
+
+    def _load_block(self, index: int, cut: int, mark: Hashable, changed: Changed) -> None:
+        block = self.parts.blocks[index]
+        self._streamed.pop(index, None)
+        if cut < len(block.weights):
+            slab = self._slab(index, cut, mark, changed)
+            views = block.views(slab.stored, cut, len(block.weights), slab.base)
+            for weight, tensor in views:
+                if mark is None and not weight.dtype_changes and not self._keep_home(weight.home):
+                    weight.home = tensor
+            start = block.offset_of(cut) - slab.base
+            host_tensors = ready_to_put(views)
+            for weight, tensor in host_tensors:
+                weight.put(tensor)
+            self._streamed[index] = StreamedBlock(block, cut, slab.stored[start:], host_tensors)
+        self._load_resident(block, cut, changed)
+
+    def _slab(self, index: int, cut: int, mark: Hashable, changed: Changed) -> Slab:
+        """The slab of a block with every weight from `cut` on in it; one that holds more will do."""
+        block = self.parts.blocks[index]
+        base = block.offset_of(cut)
+        slab = self._store.get(index)
+        if slab is not None and slab.base <= base and self._slab_marks[index] == mark:
+            return slab
+        # The old slab's pages outlive it for as long as home tensors lie in them.
+        self._store.drop(index)
+        slab = self._store.build(index, base, block.weight_bytes() - base)
+        self._slab_marks[index] = mark
+        for weight in block.weights[cut:]:
+            _store_weight(weight, changed(weight), slab.stored[weight.offset - base :])
+            weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
+        return slab
+
+    def _load_resident(self, block: Block, cut: int, changed: Changed) -> None:
+        """Put the first `cut` weights of `block` on the device, in one piece of memory.
+
+        Only the module holds them, so that whoever puts other tensors in their place frees the memory.
+        """
+        if cut == 0:
+            return
+        memory = self.device.allocate(block.offset_of(cut))
+        for weight, tensor in block.views(memory, 0, cut, 0):
+            _store_weight(weight, changed(weight), memory[weight.offset :])
+            weight.put(tensor)
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """The scope of one forward pass of the module. Left by an exception it ends as clean as otherwise.
+
+        A pass within a pass belongs to the outer one. Raises torch.OutOfMemoryError when the ring does not fit.
+        """
+        assert self.plan is not None and not self._evicted, "load a plan before the first pass"
+        if self.is_running or self.plan.is_resident:
+            yield
+            return
+        pipeline = self._pipeline or self._start_run()
+        self.is_running = True
+        whole = False
+        try:
+            pipeline.begin_pass()
+            yield
+            whole = True
+        finally:
+            pipeline.end_pass(whole)
+            self.is_running = False
+
+    def _start_run(self) -> Pipeline:
+        assert self.plan is not None
+        self._ring = Ring(self.device, self.plan.slots, self.plan.slot_bytes)
+        self._pipeline = Pipeline(
+            self.device, self._streamed, self._ring, self._walk_for_plan(), self.plan.prefetch, self.meter
+        )
+        return self._pipeline
+
+    def _walk_for_plan(self) -> Walk:
+        """The walk as learned so far, as long as it is over the blocks that stream now."""
+        if set(self._walk.order) != set(self._streamed):
+            self._walk = Walk(sorted(self._streamed))
+        return self._walk
+
+    def end_run(self) -> None:
+        """Give the ring back, after the copies under way. The next pass makes a new one."""
+        assert not self.is_running
+        if self._pipeline is not None:
+            self._pipeline.close()
+        self._pipeline = self._ring = None
+
+    def discard_fetched(self) -> None:
+        """Forget what was fetched ahead, because host tensors are about to be changed in place."""
+        if self._pipeline is not None:
+            self._pipeline.discard()
+
+    def evict(self, size_bytes: int) -> int:
+        """Between runs, take residents of whole blocks off the device, last blocks first; give the bytes freed.
+
+        The plan stands; `load` brings them back.
+        """
+        self.end_run()
+        freed = 0
+        for index in reversed(range(len(self.parts.blocks))):
+            if freed >= size_bytes or self.plan is None:
+                break
+            if index not in self._evicted and self._kept_bytes(index) > 0:
+                self.parts.blocks[index].to_device(torch.device("cpu"))
+                self._evicted.add(index)
+                freed += self._kept_bytes(index)
+        return freed
+
+    @property
+    def is_in_run(self) -> bool:
+        """True between the first pass of a run and the end of the run."""
+        return self._pipeline is not None
+
+    def streamed_modules(self) -> set[torch.nn.Module]:
+        """The modules that hold a streamed weight."""
+        return {
+            site.module
+            for streamed in self._streamed.values()
+            for weight, _ in streamed.host_tensors
+            for site in weight.sites
+        }
+
+    # -- leaving -------------------------------------------------------------------------------------------------
+
+    def unload(self) -> None:
+        """Leave the device: home tensors everywhere, slabs kept for the next load."""
+        self.end_run()
+        for block in (*self.parts.blocks, self.parts.outside):
+            block.to_device(torch.device("cpu"))
+        self._streamed.clear()
+        self._evicted.clear()
+        self.plan = None
+
+    def forget(self) -> None:
+        """Take note that someone else has put other tensors into the module: nothing of ours is loaded any more."""
+        self.end_run()
+        self._streamed.clear()
+        self._evicted.clear()
+        self.plan = None
+
+    def close(self) -> None:
+        """Unload and unlock the host memory; home tensors that lie in a slab live on. Safe to call twice."""
+        self.unload()
+        self._store.close()
+        self._slab_marks.clear()
+
+    def check(self) -> None:
+        """Prove that bytes, slots and tensors add up."""
+        if self._ring is not None:
+            self._ring.check()
+        if self.plan is None:
+            return
+        for index, streamed in self._streamed.items():
+            assert streamed.source.nbytes == self.plan.streamed[index], f"block {index} streams other than planned"
+            if not self.is_running:
+                for weight, tensor in streamed.host_tensors:
+                    assert weight.current() is tensor, f"{weight.keys[0]} does not hold its host tensor"
+
+
+def _store_weight(weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
+    source = weight.home if changed is None else changed
+    piece = stored[: weight.codec.stored_bytes]
+    if source.is_meta:
+        piece.zero_()  # the host leaves weights that its file lacks on `meta`; they count as zeros
+    else:
+        weight.codec.encode(source, piece)

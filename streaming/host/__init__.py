@@ -1,0 +1,1 @@
+"""Everything that knows ComfyUI: its model patcher, its models, its server."""

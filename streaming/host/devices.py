@@ -1,0 +1,37 @@
+"""Which engine device serves a ComfyUI device, and why none does."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+from ..engine.device import CudaDevice, Device
+from ..engine.simulated import SimulatedDevice
+
+# GiB of the simulated card; unset, a machine without an accelerator has nothing to stream to.
+SIMULATE_VARIABLE = "LAYERSTREAM_SIMULATE_GIB"
+SEED_VARIABLE = "LAYERSTREAM_SIMULATE_SEED"
+
+
+def device_for(load_device: torch.device) -> Device | None:
+    """The engine device for `load_device`; None where there is no memory to stream between."""
+    if load_device.type == "cuda":
+        return CudaDevice(load_device)
+    if load_device.type == "cpu" and os.environ.get(SIMULATE_VARIABLE):
+        return _simulated_card(float(os.environ[SIMULATE_VARIABLE]), int(os.environ.get(SEED_VARIABLE, "0")))
+    return None
+
+
+@cache
+def _simulated_card(size_gib: float, seed: int) -> SimulatedDevice:
+    """One card a process: all models share it, as they would share a real one."""
+    return SimulatedDevice(int(size_gib * 1024**3), seed)
+
+
+def why_not(load_device: torch.device) -> str:
+    """The sentence for a person whose models cannot stream."""
+    if load_device.type == "cpu":
+        return "ComfyUI runs on the CPU, so there is no graphics card to stream to"
+    return f"streaming needs a CUDA or ROCm card, and ComfyUI uses `{load_device}`"

@@ -1,0 +1,44 @@
+"""The wrappers that bracket ComfyUI's sampling: one forward pass, and what is known of a run before it loads.
+
+They are plain functions, the same for every model, because ComfyUI copies them from patcher to patcher; each finds the
+patcher that runs through the object it wraps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import comfy.sampler_helpers
+
+WRAPPER_KEY = "layerstream"
+
+# ComfyUI puts conditional and unconditional into one batch only where this many times their estimate is free.
+BATCH_MARGIN = 1.5
+
+
+def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """APPLY_MODEL: run one pass of the model inside the engine's scope."""
+    stream = getattr(executor.class_obj.current_patcher, "stream", None)
+    if stream is None or not stream.is_in_place:
+        return executor(*args, **kwargs)
+    with stream.session.one_pass():
+        return executor(*args, **kwargs)
+
+
+def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE: note whether the run is guided, so that memory for both halves of a batch is left free."""
+    guider = executor.class_obj
+    stream = getattr(guider.model_patcher, "stream", None)
+    if stream is not None:
+        stream.is_guided = not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+    return executor(*args, **kwargs)
+
+
+def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREPARE_SAMPLING: note what ComfyUI estimates that the run needs besides weights, before the model loads."""
+    stream = getattr(model, "stream", None)
+    if stream is not None and stream.device.holds_activations:
+        both, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
+        stream.reserve_bytes = int(both * BATCH_MARGIN if stream.is_guided else single)
+    return executor(model, noise_shape, conds, *args, **kwargs)

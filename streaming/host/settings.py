@@ -1,0 +1,57 @@
+"""What a person sets on a Layer-Stream node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+GIB = 1024**3
+MIB = 1024**2
+MOST_PREFETCH = 8
+
+
+class Mode(str, Enum):
+    """`auto` streams what does not fit, `always` streams every block, `off` leaves the model to ComfyUI."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class StreamingSettings:
+    """How one model is to be streamed.
+
+    `vram_gib` bounds what the model's weights take of the card: 0 is what ComfyUI reports as free, a negative number
+    is free memory less that many GiB. `min_free_mib` stays free on the card whatever else is set.
+    """
+
+    mode: Mode = Mode.AUTO
+    prefetch_blocks: int = 2
+    vram_gib: float = 0.0
+    min_free_mib: int = 512
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", Mode(self.mode))
+        if not 1 <= self.prefetch_blocks <= MOST_PREFETCH:
+            raise ValueError(f"prefetch_blocks is {self.prefetch_blocks}: set it between 1 and {MOST_PREFETCH}")
+        if self.min_free_mib < 0:
+            raise ValueError(f"min_free_mb is {self.min_free_mib}: set it to 0 or more")
+
+    @property
+    def is_explicit(self) -> bool:
+        """True where the budget is the person's own figure, which is refused when it is too small."""
+        return self.vram_gib != 0
+
+    def budget_bytes(self, free_bytes: int, allowed_bytes: float, reserve_bytes: int) -> int:
+        """Bytes the model's weights and its ring may take.
+
+        `free_bytes` counts what this model holds as free, `allowed_bytes` is what ComfyUI grants it, `reserve_bytes`
+        what the coming work needs besides.
+        """
+        min_free_bytes = self.min_free_mib * MIB
+        if self.vram_gib > 0:
+            return min(int(self.vram_gib * GIB), free_bytes - min_free_bytes)
+        if self.vram_gib < 0:
+            return free_bytes - max(int(-self.vram_gib * GIB), min_free_bytes)
+        return int(min(allowed_bytes, free_bytes - max(min_free_bytes, reserve_bytes)))
