@@ -38,7 +38,7 @@ class LayerStreamModel(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "prefetch_blocks",
-                    default=2,
+                    default=1,
                     min=1,
                     max=MOST_PREFETCH,
                     tooltip=(

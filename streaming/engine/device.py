@@ -47,8 +47,11 @@ class Device(Protocol):
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         """Start copying host bytes `source` to device bytes `destination` on `stream` and return at once."""
 
-    def retire(self, memory: torch.Tensor) -> None:
-        """Say that what is in `memory` will not be read again, after the work on the compute stream so far."""
+    def note_read(self, memory: torch.Tensor) -> None:
+        """Take note that work on the compute stream, up to now, reads `memory`."""
+
+    def discard(self, memory: torch.Tensor) -> None:
+        """Take note that what is in `memory` will not be read again."""
 
     def copy_stream(self) -> Stream: ...
     def compute_stream(self) -> Stream: ...
@@ -81,7 +84,10 @@ class CudaDevice:
         with torch.cuda.stream(stream):  # type: ignore[arg-type]
             destination.copy_(source, non_blocking=True)
 
-    def retire(self, memory: torch.Tensor) -> None:
+    def note_read(self, memory: torch.Tensor) -> None:
+        pass  # events order it; only a simulation checks that they do
+
+    def discard(self, memory: torch.Tensor) -> None:
         pass
 
     def copy_stream(self) -> Stream:

@@ -128,6 +128,7 @@ class Pipeline:
         for weight, tensor in self._blocks[index].host_tensors:
             weight.put(tensor)
         visit.free.record(self._device.compute_stream())
+        self._device.note_read(slot.memory)
         visit.was_used = True
         slot.is_bound = False
         # A block that comes again before its slot is needed stays: walks shorter than the ring, repeated blocks.

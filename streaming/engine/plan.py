@@ -97,7 +97,7 @@ def make_plan(
     *,
     budget_bytes: int | None,
     outside_bytes: int = 0,
-    prefetch: int = 2,
+    prefetch: int = 1,
     scratch_bytes: int = 0,
     stream_all: bool = False,
 ) -> Plan:
@@ -132,7 +132,7 @@ def make_plan(
 
     least = plan_for([level.lowest for level in levels])
     if budget_bytes is not None and least.device_bytes > budget_bytes:
-        raise BudgetTooSmall(_too_small(least, levels, budget_bytes, prefetch))
+        raise BudgetTooSmall(_too_small(least, levels, min(least.device_bytes, everything), budget_bytes, prefetch))
     if stream_all or budget_bytes is None:
         return least
     return _fill(levels, plan_for, least, _spread(blocks, levels, plan_for, budget_bytes), budget_bytes)
@@ -192,11 +192,13 @@ def _fill(levels, plan_for, least: Plan, spread: Plan | None, budget_bytes: int)
     return plan
 
 
-def _too_small(least: Plan, levels: Sequence[_Levels], budget_bytes: int, prefetch: int) -> str:
+def _too_small(
+    least: Plan, levels: Sequence[_Levels], enough_bytes: int, budget_bytes: int, prefetch: int
+) -> str:
     largest = max(levels, key=lambda level: level.streamed[level.lowest])
     needed = largest.streamed[largest.lowest]
-    remedy = f"raise the budget to {_gib(least.device_bytes, up=True)}"
-    if prefetch > 1:
+    remedy = f"raise the budget to {_gib(enough_bytes, up=True)}"
+    if prefetch > 1 and least.slots > 2:
         one_ahead = least.device_bytes - (least.slots - min(2, least.slots)) * least.slot_bytes
         remedy += f", or lower prefetch_blocks to 1 (then {_gib(one_ahead, up=True)} is enough)"
     return (

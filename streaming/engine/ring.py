@@ -70,7 +70,7 @@ class Ring:
     def empty(self, slot: Slot) -> None:
         """Forget what `slot` holds."""
         slot.holder = None
-        self._device.retire(slot.memory)
+        self._device.discard(slot.memory)
 
     def check(self) -> None:
         """Prove that no block is held twice and none is bound without being held."""

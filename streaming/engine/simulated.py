@@ -1,8 +1,8 @@
 """A device for machines without one, stricter than the real thing.
 
 Its memory is host memory in an arena with an enforced budget. Copies are deferred: they run at a random later moment,
-at the latest when someone waits for them, so that reading too early reads NaN. Memory that was retired is filled with
-NaN. A copy into memory whose last reader it was not ordered after is an error, since on a real device it would be a
+at the latest when someone waits for them, so that reading too early reads NaN. Memory whose contents are discarded is
+filled with NaN. A copy into memory whose last reader it was not ordered after is an error, since on a real device it would be a
 race. All of it is deterministic for a seed.
 """
 
@@ -131,8 +131,10 @@ class SimulatedDevice:
         self.copied_bytes += destination.nbytes
         stream.append(lambda: destination.copy_(source))
 
-    def retire(self, memory: torch.Tensor) -> None:
+    def note_read(self, memory: torch.Tensor) -> None:
         self._read_until[memory.data_ptr()] = self._compute.done
+
+    def discard(self, memory: torch.Tensor) -> None:
         memory.fill_(POISON)
 
     def copy_stream(self) -> SimulatedStream:

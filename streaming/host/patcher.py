@@ -30,6 +30,7 @@ from .devices import device_for, why_not
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .settings import GIB, Mode, StreamingSettings
 from .streams import ROOT, ModelStream, stream_for
+from .telemetry import report
 
 logger = logging.getLogger("layerstream")
 
@@ -48,6 +49,7 @@ class StreamingModelPatcher(ModelPatcher):
 
     stream: ModelStream
     settings: StreamingSettings
+    source: ModelPatcher
 
     @classmethod
     def from_patcher(cls, source: ModelPatcher, settings: StreamingSettings) -> StreamingModelPatcher:
@@ -66,7 +68,7 @@ class StreamingModelPatcher(ModelPatcher):
                 raise NothingToStream(f"no list of blocks was found in {type(source.model).__name__}")
             patcher = cls(source.model, source.load_device, source.offload_device, source.model_size())
             _carry_over(source, patcher)
-            patcher.stream = stream
+            patcher.stream, patcher.source = stream, source
             patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, stream_pass)
             patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, note_guidance)
             patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER_KEY, note_memory)
@@ -75,7 +77,7 @@ class StreamingModelPatcher(ModelPatcher):
 
     def clone(self, *args: Any, **kwargs: Any) -> StreamingModelPatcher:
         clone = super().clone(*args, **kwargs)
-        clone.stream, clone.settings = self.stream, self.settings
+        clone.stream, clone.settings, clone.source = self.stream, self.settings, self.source
         return clone
 
     # -- what the memory manager asks ----------------------------------------------------------------------------
@@ -100,8 +102,8 @@ class StreamingModelPatcher(ModelPatcher):
         """Plan for `lowvram_model_memory` bytes and bring the model to that plan. `full_load` means no bound."""
         with self.use_ejected():
             self.unpatch_hooks()
-            stream, session = self.stream, self.stream.session
             self._take_over()
+            stream, session = self.stream, self.stream.session
             allowed = float("inf") if full_load else lowvram_model_memory
             plan = self._plan(allowed)
             fresh = plan is not session.plan or not stream.is_in_place
@@ -140,14 +142,17 @@ class StreamingModelPatcher(ModelPatcher):
         """Have the model's own weights in place, unchanged and on the host, if someone else loaded it last."""
         if self.stream.is_in_place:
             return
-        self.stream.session.forget()
-        if self.parent is not None and getattr(self.parent, "is_dynamic", lambda: False)():
+        if self.stream.is_open:
+            self.stream.session.forget()
+        is_dynamic = getattr(self.source, "is_dynamic", lambda: False)()
+        if is_dynamic:
             # A dynamic patcher keeps copies in page-locked memory and switches casting on for good.
-            self.parent.unpatch_model(self.offload_device, unpatch_weights=True)
+            self.source.unpatch_model(self.offload_device, unpatch_weights=True)
             for module in self.model.modules():
                 module.__dict__.pop("comfy_cast_weights", None)
         super().unpatch_model(self.offload_device, unpatch_weights=True)
         super().patch_model(load_weights=False)
+        self.stream.open(is_dynamic)
 
     def _plan(self, allowed_bytes: float) -> Plan:
         """Make a plan for what may be used, or keep the present one where a new one would gain little."""
@@ -246,9 +251,9 @@ class StreamingModelPatcher(ModelPatcher):
         Between runs whole blocks leave until the next load. During a run the plan is made anew with less. Inside a
         pass nothing can be freed.
         """
-        stream, session = self.stream, self.stream.session
-        if not stream.is_in_place:
+        if not self.stream.is_in_place:
             return super().partially_unload(device_to, memory_to_free, force_patch_weights)
+        session = self.stream.session
         if session.is_running:
             return 0
         before = self.loaded_size()
@@ -278,7 +283,7 @@ class StreamingModelPatcher(ModelPatcher):
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """Restore the model. With `unpatch_weights` its weights leave the card; the slabs stay for the next load."""
-        if self.stream.session.is_running:
+        if self._is_running:
             logger.warning("LayerStream: asked to unload inside a pass; the model stays until its next unload")
             return
         if unpatch_weights and self.stream.is_in_place:
@@ -290,12 +295,17 @@ class StreamingModelPatcher(ModelPatcher):
     def cleanup(self) -> None:
         """End a run: the ring goes, residents stay."""
         super().cleanup()
-        if not self.stream.session.is_running:
+        if self.stream.is_open and not self._is_running:
             self.stream.session.end_run()
+
+    @property
+    def _is_running(self) -> bool:
+        return self.stream.is_open and self.stream.session.is_running
 
     def patch_hooks(self, hooks: Any) -> None:
         """Change weights for scheduled hooks; what was fetched ahead of the change is stale."""
-        self.stream.session.discard_fetched()
+        if self.stream.is_open:
+            self.stream.session.discard_fetched()
         super().patch_hooks(hooks)
 
     # -- telling -------------------------------------------------------------------------------------------------
@@ -314,9 +324,7 @@ class StreamingModelPatcher(ModelPatcher):
         )
 
     def streaming_report(self) -> dict[str, Any]:
-        """Figures of this model's streaming, ready for JSON; bytes unless the name says otherwise."""
-        from .telemetry import report
-
+        """Figures of this model's streaming, ready for JSON, as `telemetry.report` has them."""
         return report(self.stream)
 
 

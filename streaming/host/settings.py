@@ -27,7 +27,7 @@ class StreamingSettings:
     """
 
     mode: Mode = Mode.AUTO
-    prefetch_blocks: int = 2
+    prefetch_blocks: int = 1
     vram_gib: float = 0.0
     min_free_mib: int = 512
 

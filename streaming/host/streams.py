@@ -32,16 +32,38 @@ class ModelStream:
     model: torch.nn.Module
     device: Device
     family: Family
-    session: Session
     load_id: uuid.UUID | None = None
+    is_guided: bool = False
     reserve_bytes: int = 0
     budget_bytes: int = 0
-    is_guided: bool = False
+    _session: Session | None = None
 
     @property
     def is_in_place(self) -> bool:
         """True while the model holds our tensors: nobody else has loaded or unloaded it since."""
         return self.load_id is not None and self.model.current_weight_patches_uuid is self.load_id
+
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
+    @property
+    def session(self) -> Session:
+        assert self._session is not None, "the session opens with the first load"
+        return self._session
+
+    def open(self, is_dynamic: bool) -> None:
+        """Make the session if there is none. The model must hold its own weights, unchanged, on the host.
+
+        A dynamic patcher leaves weights in their file's dtype and says in attributes what the model wants.
+        """
+        if self._session is None:
+            parts = take_apart(
+                self.model.get_submodule(ROOT),
+                self.family.units,
+                lambda module, name: getattr(module, f"{name}_comfy_model_dtype", None) if is_dynamic else None,
+            )
+            self._session = Session(parts, self.device, keep_home=_is_mapped)
 
 
 # Patchers hold the streams and a stream holds its model, so neither is kept alive from here.
@@ -49,14 +71,15 @@ _streams: weakref.WeakValueDictionary[int, ModelStream] = weakref.WeakValueDicti
 
 
 def live_streams() -> list[ModelStream]:
-    return list(_streams.values())
+    """The streams that have been loaded at least once."""
+    return [stream for stream in _streams.values() if stream.is_open]
 
 
 def stream_for(patcher: ModelPatcher, device: Device) -> ModelStream | None:
     """Find or make the stream of `patcher`'s model; None when the model has no blocks."""
     model = patcher.model
     stream = _streams.get(id(model))
-    if stream is not None and stream.model is model and stream.device.name == device.name:
+    if stream is not None and stream.model is model:
         return stream
     diffusion_model = getattr(model, ROOT, None)
     if not isinstance(diffusion_model, torch.nn.Module):
@@ -64,14 +87,7 @@ def stream_for(patcher: ModelPatcher, device: Device) -> ModelStream | None:
     family = family_of(diffusion_model)
     if not family.units:
         return None
-    # Only a dynamic patcher leaves weights as the file has them; it says in these attributes what the model wants.
-    is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
-    parts = take_apart(
-        diffusion_model,
-        family.units,
-        lambda module, name: getattr(module, f"{name}_comfy_model_dtype", None) if is_dynamic else None,
-    )
-    stream = ModelStream(model, device, family, Session(parts, device, keep_home=_is_mapped))
+    stream = ModelStream(model, device, family)
     _streams[id(model)] = stream
     return stream
 

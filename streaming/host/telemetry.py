@@ -31,6 +31,9 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "hits": meter.total.hits,
         "misses": meter.total.misses,
         "departures": meter.total.departures,
+        "copy_ms": sum(times.copy_ms or 0.0 for times in meter.times.values()),
+        "wait_ms": sum(times.wait_ms or 0.0 for times in meter.times.values()),
+        "compute_ms": sum(times.compute_ms or 0.0 for times in meter.times.values()),
         "times_ms": [
             {
                 "block": session.parts.blocks[index].name,

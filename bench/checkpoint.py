@@ -1,0 +1,75 @@
+"""The model file that all contenders load: random weights of a family's real size, written once and kept in a cache.
+
+`python -m bench.checkpoint --family zimage --cache DIR` writes it unless it is there, brings it into the page cache so
+that no contender pays for the disk, and prints one JSON line. Parents run it as a child, because drawing the weights
+on the card leaves a CUDA context behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.spec import FAMILIES
+
+if TYPE_CHECKING:
+    from scripts.checkpoints import Family, Size
+
+READ_BYTES = 64 * 1024**2
+SEED = 0
+
+
+def ensure_checkpoint(family: Family, size: Size, cache: Path, device: str) -> Path:
+    """Return the path of `family`'s file in `cache`, written first when it is missing."""
+    import torch
+
+    from scripts.checkpoints import write_diffusion_model
+
+    path = cache / f"{family}-{size}-bfloat16-seed{SEED}.safetensors"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        write_diffusion_model(family, path, size=size, dtype=torch.bfloat16, seed=SEED, device=device)
+    return path
+
+
+def read_through(path: Path) -> int:
+    """Read the file once from end to end and return its bytes."""
+    buffer = bytearray(READ_BYTES)
+    total_bytes = 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total_bytes += count
+    return total_bytes
+
+
+def last_axis(path: str, name: str) -> int:
+    """Length of the last axis of the tensor called `name`, with any prefix, in a safetensors file.
+
+    Raises KeyError when the file has no such tensor: it is another family's.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        for key in names:
+            if key == name or key.endswith("." + name):
+                return file.get_slice(key).get_shape()[-1]
+    raise KeyError(f"{path} has no tensor `{name}`: it belongs to another family")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=tuple(FAMILIES), required=True)
+    parser.add_argument("--size", choices=("full", "narrow"), default="full")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--file", type=Path, help="use this model file and write none")
+    arguments = parser.parse_args()
+    path = arguments.file or ensure_checkpoint(arguments.family, arguments.size, arguments.cache, arguments.device)
+    print(json.dumps({"path": str(path.resolve()), "bytes": read_through(path)}))
+
+
+if __name__ == "__main__":
+    main()

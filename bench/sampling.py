@@ -1,0 +1,112 @@
+"""One sampling run, timed step by step, with the same inputs for every contender.
+
+In: a patched model and a `StepSpec`. Out: the final latent and when each step ended.
+All inputs come from the CPU's generator with the spec's seed, so that they are the same on every card.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from bench.checkpoint import last_axis
+from bench.spec import SAMPLER, SCHEDULER, StepSpec
+
+if TYPE_CHECKING:
+    import torch
+
+LATENT_DOWNSCALE = 8
+
+
+class SamplingRun(NamedTuple):
+    """`first_step_s` runs from the call to the first step's end and so includes the load; `steps_s` are the others."""
+
+    latent: torch.Tensor
+    first_step_s: float
+    steps_s: list[float]
+    calls_per_step: float
+
+
+class StepClock:
+    """Host times at the ends of steps, each taken after the device has caught up."""
+
+    def __init__(self, device: str, synchronize: str) -> None:
+        self._device = device
+        self._synchronize = synchronize
+        self._marks_s: list[float] = []
+
+    def mark(self, *_: object) -> None:
+        """Wait for the step's work and note the time; it takes a sampler callback's arguments and ignores them."""
+        if self._device == "cuda":
+            import torch
+
+            if self._synchronize == "device":
+                torch.cuda.synchronize()
+            else:
+                torch.cuda.current_stream().synchronize()
+        self._marks_s.append(time.perf_counter())
+
+    def durations_s(self) -> list[float]:
+        return [end - begin for begin, end in itertools.pairwise(self._marks_s)]
+
+
+class CallCounter:
+    """Counts the model calls: guidance in two passes walks the model twice a step."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, executor, *args, **kwargs):
+        """Wrap one call as the host's wrapper points ask for it."""
+        self.calls += 1
+        return executor(*args, **kwargs)
+
+
+def random_conditioning(spec: StepSpec, seed: int) -> list:
+    """Random text of the family's width and a prompt's usual length, in the host's form for conditioning."""
+    import torch
+
+    text = spec.text
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    extra: dict[str, object] = {}
+    if text.pooled_width_tensor is not None:
+        width = last_axis(spec.checkpoint_path, text.pooled_width_tensor)
+        extra["pooled_output"] = torch.randn(1, width, generator=generator)
+    if text.guidance is not None:
+        extra["guidance"] = text.guidance
+    width = last_axis(spec.checkpoint_path, text.width_tensor)
+    return [[torch.randn(1, text.tokens, width, generator=generator), extra]]
+
+
+def sample(model, spec: StepSpec) -> SamplingRun:
+    """Sample `spec.steps` steps from an empty latent of the spec's resolution and time them."""
+    import comfy.patcher_extension
+    import comfy.sample
+    import torch
+
+    counter = CallCounter()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "layerstream_bench", counter)
+    side = spec.resolution // LATENT_DOWNSCALE
+    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(spec.batch, 4, side, side))
+    noise = comfy.sample.prepare_noise(latent, spec.seed)
+    positive, negative = random_conditioning(spec, spec.seed + 1), random_conditioning(spec, spec.seed + 2)
+
+    clock = StepClock(spec.device, spec.synchronize)
+    clock.mark()
+    result = comfy.sample.sample(
+        model,
+        noise,
+        spec.steps,
+        spec.cfg,
+        SAMPLER,
+        SCHEDULER,
+        positive,
+        negative,
+        latent,
+        callback=clock.mark,
+        disable_pbar=True,
+        seed=spec.seed,
+    )
+    first_step_s, *steps_s = clock.durations_s()
+    return SamplingRun(result.cpu(), first_step_s, steps_s, counter.calls / spec.steps)

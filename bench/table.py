@@ -1,0 +1,53 @@
+"""The rows of a benchmark as a text table; what went wrong stands below it in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.results import Row
+
+COLUMNS = (
+    ("s/step", "step_s_median", 4),
+    ("min", "step_s_min", 4),
+    ("max", "step_s_max", 4),
+    ("x resident", "ratio_to_resident", 3),
+    ("calls", "calls_per_step", 0),
+    ("peak GiB", "peak_gib", 2),
+    ("left GiB", "peak_margin_gib", 2),
+    ("resident", "resident_gib", 2),
+    ("streamed", "streamed_gib_per_step", 2),
+    ("moved", "moved_gib_per_step", 2),
+    ("first step s", "first_step_s", 2),
+)
+"""Heading, key and decimal places."""
+
+BITS = {True: "equal", False: "DIFFER", None: "-"}
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """One line a contender, then a line for each that failed, differs, or proves little."""
+    lines = [["contender", "bits", *[heading for heading, _, _ in COLUMNS]]]
+    for row in rows:
+        if "error" in row:
+            lines.append([row["name"], "failed" if row["ran"] else "absent", *["" for _ in COLUMNS]])
+        else:
+            numbers = [_decimal(row[key], places) for _, key, places in COLUMNS]
+            lines.append([row["name"], BITS[row["bit_equal"]], *numbers])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, *[remark for row in rows for remark in _remarks(row)]])
+
+
+def _remarks(row: Row) -> list[str]:
+    if "error" in row:
+        return ["", f"{row['name']}: {row['error']}"]
+    remarks = []
+    if row["bit_equal"] is False:
+        remarks.append(f"{row['name']}: its output differs from resident by up to {row['max_abs_difference']:.3g}")
+    if not row["latent_is_finite"]:
+        remarks.append(f"{row['name']}: its output holds NaN or infinity, so that equal bits prove little")
+    return remarks
+
+
+def _decimal(number: float | None, places: int) -> str:
+    return "-" if number is None else f"{number:.{places}f}"

@@ -1,0 +1,79 @@
+"""Keeps written checkpoints between runs, until the code that writes them changes.
+
+In: which file is wanted. Out: its path, written on the first request. Files of other versions of the writing code are
+deleted then: each set takes gigabytes.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from . import checkpoints
+from .checkpoints import Family, Size
+from .hosts import CACHE
+
+WRITING_CODE = ("checkpoints.py", "random_file.py", "layouts/*.py")
+WORKFLOW_FILES = {
+    "diffusion_model": "diffusion_models/z_image_turbo_bf16.safetensors",
+    "text_encoder": "text_encoders/qwen_3_4b.safetensors",
+    "vae": "vae/ae.safetensors",
+}
+"""Where the example workflow's files lie under a models folder: the names of the published Z-Image files."""
+
+
+def diffusion_model(
+    family: Family,
+    *,
+    size: Size = "narrow",
+    device: str = "cpu",
+    layers: int | None = None,
+    double: int | None = None,
+    single: int | None = None,
+) -> Path:
+    """The diffusion model file of `family`, with a depth of its own where `layers`, `double` or `single` are given."""
+    depth = {kind: count for kind, count in (("layers", layers), ("double", double), ("single", single)) if count}
+    return _cached(
+        "-".join([family, size, *(f"{kind}{count}" for kind, count in depth.items())]),
+        lambda path: checkpoints.write_diffusion_model(
+            family, path, size=size, layers=layers, double=double, single=single, device=device
+        ),
+    )
+
+
+def workflow_models(*, size: Size = "narrow", device: str = "cpu") -> dict[str, Path]:
+    """The example workflow's files by their place under a models folder, with random weights."""
+    return {
+        WORKFLOW_FILES["diffusion_model"]: diffusion_model("zimage", size=size, device=device),
+        WORKFLOW_FILES["text_encoder"]: _cached(
+            f"zimage-text-encoder-{size}",
+            lambda path: checkpoints.write_text_encoder("zimage", path, size=size, device=device),
+        ),
+        WORKFLOW_FILES["vae"]: _cached("zimage-vae", lambda path: checkpoints.write_vae("zimage", path, device=device)),
+    }
+
+
+def _cached(name: str, write: Callable[[Path], Path]) -> Path:
+    folder = CACHE / "checkpoints" / _code_version()
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        _delete_other_versions(folder)
+        write(path)
+    return path
+
+
+def _code_version() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for pattern in WRITING_CODE:
+        for file in sorted(here.glob(pattern)):
+            # Text, not bytes: a checkout on Windows may end its lines differently.
+            digest.update(file.read_text(encoding="utf-8").encode())
+    return digest.hexdigest()[:16]
+
+
+def _delete_other_versions(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)

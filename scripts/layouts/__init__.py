@@ -1,0 +1,1 @@
+"""What tensors the published model files hold: names, shapes and sensible random values, nothing of ComfyUI."""

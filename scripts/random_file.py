@@ -1,0 +1,99 @@
+"""Writes safetensors files of random values, tensor by tensor, in bounded memory.
+
+In: a list of `TensorLayout`. Out: one file, complete or absent. Values depend only on the seed, the tensor's name and
+the kind of device that draws them, never on the order of writing, so several threads may share the work.
+
+Format: https://github.com/huggingface/safetensors, section "Format": eight bytes of header length, little-endian; a
+JSON header of names, types, shapes and byte ranges, padded with spaces; then the tensors without gaps.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .layouts.tensors import TensorLayout
+
+TYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+HEADER_ALIGNMENT_BYTES = 8
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Values drawn at once: small enough for a processor's cache, large enough to keep a GPU and its link busy."""
+THREADS = {"cpu": os.cpu_count() or 1, "cuda": 4}
+
+
+def write_random_file(
+    path: Path,
+    tensors: Sequence[TensorLayout],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Path:
+    """Write `tensors` with random values of `dtype` to `path`, replacing it, and return `path`.
+
+    Raises:
+        ValueError: `dtype` is none of bfloat16, float16, float32, or a name occurs twice.
+    """
+    if dtype not in TYPE_NAMES:
+        raise ValueError(f"cannot write {dtype}: choose one of {', '.join(map(str, TYPE_NAMES))}")
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise ValueError("two tensors of one file share a name")
+    header, offsets, total_bytes = _header(tensors, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written under another name first: an interrupted run must not leave a file that looks complete.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(header)
+            file.truncate(total_bytes)
+        with ThreadPoolExecutor(THREADS[torch.device(device).type]) as pool:
+            jobs = [
+                pool.submit(_write_tensor, unfinished, offset, tensor, dtype, seed, torch.device(device))
+                for tensor, offset in zip(tensors, offsets, strict=True)
+            ]
+            for job in jobs:
+                job.result()
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _header(tensors: Sequence[TensorLayout], dtype: torch.dtype) -> tuple[bytes, list[int], int]:
+    """The file's first bytes, where each tensor starts in the file, and the file's size."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, position = [], 0
+    for tensor in tensors:
+        end = position + tensor.elements * dtype.itemsize
+        entries[tensor.name] = {
+            "dtype": TYPE_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        starts.append(position)
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
+    header = struct.pack("<Q", len(text)) + text
+    return header, [len(header) + start for start in starts], len(header) + position
+
+
+def _write_tensor(
+    path: Path, offset: int, tensor: TensorLayout, dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(tensor.name.encode(), seed))
+    chunk_elements = min(CHUNK_ELEMENTS[device.type], tensor.elements)
+    # Drawn in the file's own type where the device can, which halves its work; processors draw bfloat16 slowly.
+    drawn_dtype = dtype if device.type == "cuda" else torch.float32
+    drawn = torch.empty(chunk_elements, dtype=drawn_dtype, device=device)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        for start in range(0, tensor.elements, chunk_elements):
+            part = drawn[: min(chunk_elements, tensor.elements - start)]
+            part.normal_(tensor.center, tensor.spread, generator=generator)
+            file.write(part.to("cpu", dtype).view(torch.uint8).numpy().data)

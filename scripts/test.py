@@ -1,0 +1,125 @@
+"""Runs every check and test of this repository and sums them up.
+
+The static checks and the engine's tests run once; the host tests run once for each ComfyUI, in a process of its own.
+ComfyUI 0.3.75 out of the wheel is always among them. Ends with the line `N passed, N failed` (and `, N skipped`).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from .hosts import CACHE, COMFYUI_PATH, Host, HostError, find_hosts, find_wheel_tree, read_host
+from .pack import ROOT
+
+REPORTS = CACHE / "test-reports"
+TYPE_CHECK = CACHE / "type-check"
+PACK_PACKAGES = ("streaming", "nodes")
+SCRIPT_PACKAGES = ("scripts", "bench")
+ENGINE_TESTS = "tests/engine"
+HOST_TESTS = "tests/host"
+
+
+class Outcome(NamedTuple):
+    """What one check or one run of tests found; `failed` counts errors too."""
+
+    name: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+
+
+def main() -> None:
+    """Run everything, print a summary, and exit with status 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--list-hosts", action="store_true", help="print the ComfyUI folders, oldest first, and stop")
+    options = parser.parse_args()
+    try:
+        hosts = hosts_under_test()
+    except HostError as error:
+        sys.exit(f"layerstream: {error}")
+    if options.list_hosts:
+        print("\n".join(str(host.path) for host in hosts))
+        return
+    outcomes = [check("ruff", ["ruff", "check", "."]), *check_types()]
+    outcomes.append(run_tests("engine", ENGINE_TESTS, {}))
+    outcomes += [run_tests(host.name, HOST_TESTS, {COMFYUI_PATH: str(host.path)}) for host in hosts]
+    sys.exit(summarise(outcomes))
+
+
+def hosts_under_test() -> list[Host]:
+    """The named or default hosts and the wheel's, each version once, oldest first."""
+    wheel = find_wheel_tree()
+    found = {host.name: host for host in ([read_host(wheel)] if wheel else [])}
+    found |= {host.name: host for host in find_hosts()}
+    return sorted(found.values(), key=lambda host: [int(part) for part in host.version.split(".") if part.isdigit()])
+
+
+def check(name: str, arguments: list[str], environment: Mapping[str, str] | None = None) -> Outcome:
+    """Run `python -m` with `arguments` from the repository's root; it passes if it exits with status 0."""
+    print(f"\n=== {name}: {' '.join(arguments)}", flush=True)
+    begin = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, **(environment or {})}, check=False
+    )
+    passed = process.returncode == 0
+    return Outcome(name, int(passed), int(not passed), 0, time.monotonic() - begin)
+
+
+def check_types() -> list[Outcome]:
+    """Check the pack's packages as parts of `layerstream`, whose relative imports cross them, and the scripts apart."""
+    TYPE_CHECK.mkdir(parents=True, exist_ok=True)
+    package = TYPE_CHECK / "layerstream"
+    if not package.is_symlink():
+        package.symlink_to(ROOT, target_is_directory=True)
+    configuration = ["--config-file", str(ROOT / "pyproject.toml")]
+    pack = [argument for name in PACK_PACKAGES for argument in ("-p", f"layerstream.{name}")]
+    scripts = [name for name in SCRIPT_PACKAGES if (ROOT / name).is_dir()]
+    return [
+        check("mypy pack", ["mypy", *configuration, *pack], {"MYPYPATH": str(TYPE_CHECK)}),
+        check("mypy scripts", ["mypy", *configuration, *scripts]),
+    ]
+
+
+def run_tests(name: str, folder: str, environment: Mapping[str, str]) -> Outcome:
+    """Run the tests of `folder` with pytest and count its report."""
+    report = REPORTS / f"{name}.xml"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    run = check(name, ["pytest", folder, f"--junitxml={report}", "-o", f"junit_suite_name={name}"], environment)
+    counts = count_report(report)
+    # Interrupted before its end, or nothing collected: no report, or one without failures, must not look like success.
+    failed = counts["failures"] + counts["errors"] or run.failed
+    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    return Outcome(name, passed, failed, counts["skipped"], run.seconds)
+
+
+def count_report(report: Path) -> dict[str, int]:
+    """Tests, failures, errors and skips in a JUnit report; zeros if there is none."""
+    totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    if report.is_file():
+        for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+            for key in totals:
+                totals[key] += int(suite.get(key, 0))
+    return totals
+
+
+def summarise(outcomes: list[Outcome]) -> int:
+    """Print what each part found and the totals, and return the exit status."""
+    print("\n=== summary")
+    for outcome in outcomes:
+        counts = f"{outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
+        print(f"{outcome.name:<20} {counts} in {outcome.seconds:.0f} s")
+    passed, failed, skipped = (sum(column) for column in list(zip(*outcomes, strict=True))[1:4])
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    main()

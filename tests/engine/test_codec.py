@@ -1,0 +1,83 @@
+"""Codecs give back what they were given, bit for bit, in the memory format it had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layerstream.streaming.engine.codec import codec_for
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64]
+
+
+def stored(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What the codec gives back after the bytes have been moved to other memory."""
+    codec = codec_for(weight, dtype)
+    slab = torch.full((256 + codec.stored_bytes,), 0xFF, dtype=torch.uint8)
+    codec.encode(weight, slab[256:])
+    return codec.decode(slab.clone()[256:])
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else bits(tensor.reshape(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5), (2, 3, 4, 5)], ids=str)
+def test_raw_bytes_survive(dtype, shape):
+    size = torch.Size(shape).numel() * dtype.itemsize
+    high = 2 if dtype is torch.bool else 256
+    weight = torch.randint(0, high, (size,), dtype=torch.uint8).view(dtype).view(shape)
+    assert bits(stored(weight)) == bits(weight)
+    assert stored(weight).shape == weight.shape and stored(weight).dtype == dtype
+
+
+def test_special_values_survive():
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    assert bits(stored(patterns)) == bits(patterns)
+
+
+def test_a_dense_memory_format_is_kept():
+    weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert stored(weight).stride() == weight.stride()
+    assert torch.equal(stored(weight), weight)
+
+
+def test_a_strided_view_is_stored_without_its_gaps():
+    weight = torch.randn(10, 10)[:, ::2]
+    assert codec_for(weight).stored_bytes == weight.numel() * 4
+    assert torch.equal(stored(weight), weight)
+
+
+def test_a_weight_is_converted_once_on_its_way_in():
+    weight = torch.randn(33)
+    assert torch.equal(stored(weight, torch.bfloat16), weight.to(torch.bfloat16))
+
+
+class Scaled(torch.Tensor):
+    """A quantised tensor as ComfyUI has them: small integers and a scale that pose as a float tensor."""
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, scale: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
+
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor) -> None:
+        self.data_, self.scale = data, scale
+
+    def __tensor_flatten__(self):
+        return ["data_", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Scaled(inner["data_"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} would have computed with it instead of moving its bytes")
+
+
+def test_a_wrapper_subclass_goes_by_its_own_protocol():
+    weight = Scaled(torch.randint(-128, 127, (5, 3), dtype=torch.int8), torch.rand(5))
+    assert codec_for(weight).stored_bytes == 256 + 256
+    back = stored(weight)
+    assert isinstance(back, Scaled)
+    assert torch.equal(back.data_, weight.data_) and torch.equal(back.scale, weight.scale)

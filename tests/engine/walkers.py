@@ -1,0 +1,78 @@
+"""Small real models that walk over blocks in the ways diffusion models do, and how tests stream them."""
+
+from __future__ import annotations
+
+import torch
+from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.plan import Plan, make_plan
+from layerstream.streaming.engine.session import Session
+from layerstream.streaming.engine.simulated import SimulatedDevice
+from torch import nn
+
+ALL_STREAMED = 0.0
+
+
+class Block(nn.Module):
+    """A residual MLP; its `shift` is a raw parameter and its `scale` a buffer, as some families have them."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.shift = nn.Parameter(torch.randn(width))
+        self.register_buffer("scale", torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x) + self.shift))) * self.scale
+
+
+class Walker(nn.Module):
+    """Calls its blocks in `order`, by default each once from first to last."""
+
+    def __init__(self, count: int = 8, width: int = 96, inner: tuple[int, ...] = (512,)) -> None:
+        super().__init__()
+        self.entry = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width, inner[i % len(inner)]) for i in range(count))
+        self.order: list[int] = list(range(count))
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.entry(x)
+        for index in self.order:
+            x = self.blocks[index](x)
+        return x
+
+    def units(self) -> list[tuple[str, nn.Module]]:
+        return [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
+
+
+def make_walker(seed: int = 0, dtype: torch.dtype = torch.bfloat16, **sizes) -> Walker:
+    torch.manual_seed(seed)
+    return Walker(**sizes).requires_grad_(False).to(dtype)
+
+
+def make_input(walker: Walker, batch: int = 3, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, walker.width, generator=generator).to(walker.entry.weight.dtype)
+
+
+def attach(walker: Walker, device: SimulatedDevice, keep_home=lambda tensor: False) -> Session:
+    return Session(take_apart(walker, walker.units()), device, keep_home)
+
+
+def plan_for(session: Session, kept: float, prefetch: int = 2) -> Plan:
+    """A plan whose budget is the least possible plus the share `kept` of what remains."""
+    sizes, outside = session.sizes(), session.outside_bytes
+    least = make_plan(sizes, budget_bytes=None, outside_bytes=outside, prefetch=prefetch, stream_all=True)
+    if kept == ALL_STREAMED:
+        return least
+    budget = least.device_bytes + int(kept * (session.total_bytes - least.device_bytes))
+    return make_plan(sizes, budget_bytes=budget, outside_bytes=outside, prefetch=prefetch)
+
+
+def one_pass(session: Session, walker: Walker, x: torch.Tensor) -> torch.Tensor:
+    with session.one_pass():
+        y = walker(x)
+    session.check()
+    return y

@@ -1,0 +1,120 @@
+"""Opens one real ComfyUI for the tests of this folder, and gives them models and a sampler.
+
+One process tests one ComfyUI: the first that `COMFYUI_PATH` names, or the first found. It runs on the processor, with
+weights in the type of their file.
+"""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pytest
+import torch
+
+from scripts import checkpoint_cache, tiny_models
+from scripts.checkpoints import Family
+from scripts.hosts import Host, find_host, open_host
+
+# Test modules import ComfyUI at their top, so it must be open before they are collected.
+HOST = find_host()
+open_host(HOST, "--cpu", "--bf16-unet")
+
+Patcher = Any
+"""A ComfyUI `ModelPatcher`; its class exists only while a host is open."""
+
+TEXT_TOKENS = 20
+POOLED_WIDTH = 768
+LATENT_CHANNELS = 16
+PIXELS_PER_LATENT = 8
+
+
+class LoadModel(Protocol):
+    """Gives a freshly loaded model of a family as a ComfyUI patcher."""
+
+    def __call__(self, family: Family, *, size: Literal["tiny", "narrow"] = "narrow", **depth: int) -> Patcher: ...
+
+
+class Sample(Protocol):
+    """Samples with random conditioning and returns the latent, shape (batch, 16, pixels / 8, pixels / 8)."""
+
+    def __call__(
+        self,
+        model: Patcher,
+        *,
+        steps: int = 2,
+        cfg: float = 1.0,
+        batch: int = 1,
+        seed: int = 0,
+        pixels: int = 96,
+    ) -> torch.Tensor: ...
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The ComfyUI under test."""
+    return HOST
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Any:
+    """A function from a family to its narrow diffusion model file, written once and kept between runs."""
+
+    def give(family: Family, **depth: int) -> Path:
+        return checkpoint_cache.diffusion_model(family, **depth)
+
+    return give
+
+
+@pytest.fixture
+def load(checkpoint: Any) -> Iterator[LoadModel]:
+    """A function that loads a model afresh; ComfyUI forgets all of them after the test.
+
+    "narrow" goes through ComfyUI's own file loader; "tiny" has the same classes without a file and is far quicker.
+    """
+    import comfy.model_management
+    import comfy.sd
+
+    def load_model(family: Family, *, size: Literal["tiny", "narrow"] = "narrow", **depth: int) -> Patcher:
+        # As ComfyUI loads within a node: weights become inference tensors, which some operations refuse.
+        with torch.inference_mode():
+            if size == "tiny":
+                return tiny_models.build_tiny_model(family)
+            return comfy.sd.load_diffusion_model(str(checkpoint(family, **depth)))
+
+    yield load_model
+    comfy.model_management.unload_all_models()
+    gc.collect()
+
+
+@pytest.fixture
+def sample() -> Sample:
+    """A function that samples as the KSampler node does, with conditioning that depends only on the seed."""
+    import nodes
+
+    def sample_latent(
+        model: Patcher,
+        *,
+        steps: int = 2,
+        cfg: float = 1.0,
+        batch: int = 1,
+        seed: int = 0,
+        pixels: int = 96,
+    ) -> torch.Tensor:
+        # 96 pixels make 36 image tokens, so that Z-Image pads them and its pad tokens matter.
+        side = pixels // PIXELS_PER_LATENT
+        latent = {"samples": torch.zeros(batch, LATENT_CHANNELS, side, side)}
+        generator = torch.Generator().manual_seed(seed)
+        positive, negative = (_conditioning(model, generator) for _ in range(2))
+        with torch.inference_mode():
+            (result,) = nodes.common_ksampler(model, seed, steps, cfg, "euler", "simple", positive, negative, latent)
+        return result["samples"]
+
+    return sample_latent
+
+
+def _conditioning(model: Patcher, generator: torch.Generator) -> list[Any]:
+    configuration = model.model.model_config.unet_config
+    text_width = configuration.get("cap_feat_dim") or configuration["context_in_dim"]
+    text = torch.randn(1, TEXT_TOKENS, text_width, generator=generator)
+    return [[text, {"pooled_output": torch.randn(1, POOLED_WIDTH, generator=generator)}]]

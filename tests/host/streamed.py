@@ -1,0 +1,55 @@
+"""How tests of the host stream a model: on a simulated card, with a budget given as a share of the model."""
+
+from __future__ import annotations
+
+import torch
+from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.plan import GIB, make_plan
+from layerstream.streaming.engine.session import Session
+from layerstream.streaming.engine.simulated import SimulatedDevice
+from layerstream.streaming.host.devices import SEED_VARIABLE, SIMULATE_VARIABLE
+from layerstream.streaming.host.families import family_of
+from layerstream.streaming.host.patcher import StreamingModelPatcher
+from layerstream.streaming.host.settings import Mode, StreamingSettings
+
+CARD_GIB = 8.0
+
+
+def on_simulated_card(monkeypatch, seed: int = 0, size_gib: float = CARD_GIB) -> None:
+    """Give the pack a card of its own that delays copies at random, by `seed`."""
+    monkeypatch.setenv(SIMULATE_VARIABLE, str(size_gib))
+    monkeypatch.setenv(SEED_VARIABLE, str(seed))
+
+
+def stream(model, kept: float, prefetch: int = 1) -> StreamingModelPatcher:
+    """A streaming patcher that may keep the share `kept` of what does not have to be on the card."""
+    if kept == 0.0:
+        return StreamingModelPatcher.from_patcher(
+            model, StreamingSettings(Mode.ALWAYS, prefetch_blocks=prefetch, min_free_mib=0)
+        )
+    return StreamingModelPatcher.from_patcher(
+        model,
+        StreamingSettings(Mode.AUTO, prefetch, vram_gib=budget_gib(model, kept, prefetch), min_free_mib=0),
+    )
+
+
+def budget_gib(model, kept: float, prefetch: int = 1) -> float:
+    diffusion_model = model.model.diffusion_model
+    session = Session(take_apart(diffusion_model, family_of(diffusion_model).units), SimulatedDevice(0), lambda _: True)
+    sizes, outside_bytes = session.sizes(), session.outside_bytes
+    least = make_plan(
+        sizes, budget_bytes=None, outside_bytes=outside_bytes, prefetch=prefetch, stream_all=True
+    ).device_bytes
+    return (least + kept * (session.total_bytes - least)) / GIB
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """Copies of all weights of the model behind a patcher, wherever they are."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.model.state_dict().items()}
+
+
+def assert_same_weights(model, before: dict[str, torch.Tensor]) -> None:
+    after = weights_of(model)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name

@@ -1,0 +1,111 @@
+"""LoRAs on a streamed model give what ComfyUI gives with the same LoRAs on the resident one, and are never lost."""
+
+from __future__ import annotations
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.sd
+import pytest
+import torch
+from streamed import assert_same_weights, on_simulated_card, stream, weights_of
+
+FAMILIES = ("flux", "zimage")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    on_simulated_card(monkeypatch, seed=5)
+
+
+def make_lora(model, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA file's tensors for every second linear weight, in blocks and outside."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    linears = [
+        (name, weight)
+        for name, weight in model.model.diffusion_model.named_parameters()
+        if weight.ndim == 2 and name.endswith(".weight") and min(weight.shape) > 1
+    ]
+    for name, weight in linears[::2]:
+        base = f"diffusion_model.{name.removesuffix('.weight')}"
+        lora[f"{base}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator) * 0.05
+        lora[f"{base}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator) * 0.05
+    return lora
+
+
+def apply(model, lora, strength: float):
+    """As the node LoraLoaderModelOnly does."""
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_and_after_the_node(card, load, sample, family, kept):
+    model = load(family, size="tiny")
+    plain = sample(model)
+    lora = make_lora(model, seed=1)
+    expected = sample(apply(model, lora, 0.8))
+    assert not torch.equal(expected, plain)
+    assert torch.equal(sample(apply(stream(model, kept), lora, 0.8)), expected)
+    assert torch.equal(sample(stream(apply(model, lora, 0.8), kept)), expected)
+    assert torch.equal(sample(stream(model, kept)), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_loras_and_a_changed_strength(card, load, sample, family):
+    model = load(family, size="tiny")
+    before = weights_of(model)
+    first, second = make_lora(model, seed=1), make_lora(model, seed=2)
+    results = []
+    streamed = stream(model, 0.4)
+    for strengths in ((1.0, 0.5), (0.3, 0.5), (0.3, -1.0)):
+        expected = sample(apply(apply(model, first, strengths[0]), second, strengths[1]))
+        results.append(expected)
+        patched = apply(apply(streamed, first, strengths[0]), second, strengths[1])
+        assert torch.equal(sample(patched), expected)
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
+    patched.detach()
+    assert_same_weights(model, before)
+
+
+def test_two_samplers_with_different_loras_on_one_model(card, load, sample):
+    model = load("flux", size="tiny")
+    first, second = make_lora(model, seed=1), make_lora(model, seed=2)
+    expected = [sample(model), sample(apply(model, first, 1.0)), sample(apply(model, second, 1.0))]
+    streamed = stream(model, 0.5)
+    branches = [streamed, apply(streamed, first, 1.0), apply(streamed, second, 1.0)]
+    for _ in range(2):
+        for branch, result in zip(branches, expected, strict=True):
+            assert torch.equal(sample(branch), result)
+
+
+def test_only_blocks_that_a_lora_touches_are_loaded_again(card, load, sample):
+    model = load("flux", size="tiny")
+    lora = {k: v for k, v in make_lora(model, seed=1).items() if "single_blocks.3." in k}
+    assert lora
+    streamed = stream(model, 0.5)
+    sample(streamed)
+    addresses = {name: tensor.data_ptr() for name, tensor in model.model.diffusion_model.state_dict().items()}
+    sample(apply(streamed, lora, 1.0))
+    moved = {
+        name for name, tensor in model.model.diffusion_model.state_dict().items() if tensor.data_ptr() != addresses[name]
+    }
+    assert moved and all(name.startswith("single_blocks.3.") for name in moved)
+
+
+def test_a_lora_survives_out_of_memory_and_interrupt(card, load, sample):
+    model = load("flux", size="tiny")
+    lora = make_lora(model, seed=1)
+    expected = sample(apply(model, lora, 1.0))
+    patched = apply(stream(model, 0.5), lora, 1.0)
+    for error in (torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException):
+
+        def fail(*_, error=error):
+            raise error("in mid-block")
+
+        handle = model.model.diffusion_model.single_blocks[1].linear1.register_forward_hook(fail)
+        with pytest.raises(error):
+            sample(patched)
+        handle.remove()
+        comfy.model_management.unload_all_models()
+        assert torch.equal(sample(patched), expected)

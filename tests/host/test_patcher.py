@@ -1,0 +1,154 @@
+"""The patcher keeps ComfyUI's contract: it tells the truth about memory and leaves the model as it found it."""
+
+from __future__ import annotations
+
+import gc
+
+import comfy.model_management
+import pytest
+import torch
+from streamed import assert_same_weights, on_simulated_card, stream, weights_of
+
+FAMILY = "flux"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    on_simulated_card(monkeypatch, seed=11)
+
+
+def test_the_unstreamed_branch_of_the_same_model_still_works(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    before = weights_of(model)
+    expected = sample(model)
+    streamed = stream(model, 0.4)
+    for _ in range(2):
+        assert torch.equal(sample(streamed), expected)
+        assert torch.equal(sample(model), expected)
+    comfy.model_management.unload_all_models()
+    assert_same_weights(model, before)
+
+
+def test_two_nodes_on_one_model_share_its_host_memory(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    first, second = stream(model, 0.2), stream(model, 0.6)
+    assert first.stream is second.stream
+    assert torch.equal(sample(first), expected)
+    host_bytes = first.stream.session.host_bytes
+    assert torch.equal(sample(second), expected)
+    assert torch.equal(sample(first), expected)
+    assert first.stream.session.host_bytes == host_bytes
+
+
+def test_sizes_are_truthful(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    streamed = stream(model, 0.5)
+    device = streamed.stream.device
+    assert streamed.model_size() == model.model_size()
+    assert streamed.loaded_size() == 0
+    used = device.used_bytes
+    sample(streamed)
+    assert 0 < streamed.loaded_size() == device.used_bytes - used < streamed.model_size()
+    assert streamed.current_loaded_device() == streamed.load_device
+    streamed.detach()
+    assert streamed.loaded_size() == 0
+    assert device.used_bytes == used
+
+
+def test_a_clone_streams_too_and_is_recognised(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    streamed = stream(model, 0.4)
+    clone = streamed.clone()
+    assert type(clone) is type(streamed) and clone.is_clone(streamed) and clone.is_clone(model)
+    assert clone.settings == streamed.settings and clone.stream is streamed.stream
+    assert torch.equal(sample(clone), expected)
+
+
+def test_partial_unloading_frees_what_it_says_and_the_next_run_is_right(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    streamed = stream(model, 0.8)
+    device = streamed.stream.device
+    sample(streamed)
+    held, used = streamed.loaded_size(), device.used_bytes
+    freed = streamed.partially_unload(streamed.offload_device, held // 3)
+    assert held // 3 <= freed == held - streamed.loaded_size() == used - device.used_bytes
+    assert torch.equal(sample(streamed), expected)
+    assert streamed.loaded_size() == held
+
+
+def test_pressure_between_two_passes_of_a_run_shrinks_the_plan(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    expected = sample(model, steps=4)
+    streamed = stream(model, 0.8)
+    freed = []
+
+    def under_pressure(executor, *args, **kwargs):
+        if executor.class_obj.current_patcher.stream.session.meter.passes == 2:
+            freed.append(streamed.partially_unload(streamed.offload_device, streamed.loaded_size() // 4))
+        return executor(*args, **kwargs)
+
+    watched = streamed.clone()
+    # before the wrapper that opens a pass, so that this runs between passes
+    watched.wrappers["apply_model"] = {"pressure": [under_pressure], **watched.wrappers["apply_model"]}
+    assert torch.equal(sample(watched, steps=4), expected)
+    assert len(freed) == 1 and freed[0] > 0
+
+
+def test_a_request_inside_a_pass_is_refused_and_harmless(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    streamed = stream(model, 0.5)
+    refused = []
+
+    def greedy(module, args):
+        refused.append(streamed.partially_unload(streamed.offload_device, 1 << 40))
+        streamed.detach()
+
+    handle = model.model.diffusion_model.single_blocks[2].register_forward_pre_hook(greedy)
+    result = sample(streamed)
+    handle.remove()
+    assert refused == [0, 0]
+    assert torch.equal(result, expected)
+
+
+def test_the_same_run_again_reads_and_locks_nothing(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    streamed = stream(model, 0.5)
+    first = sample(streamed)
+    addresses = {name: tensor.data_ptr() for name, tensor in model.model.diffusion_model.state_dict().items()}
+    locked = streamed.stream.device.locked_bytes
+    assert torch.equal(sample(streamed), first)
+    assert streamed.stream.device.locked_bytes == locked
+    assert {n: t.data_ptr() for n, t in model.model.diffusion_model.state_dict().items()} == addresses
+
+
+def test_nothing_of_ours_outlives_the_patchers(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    before = weights_of(model)
+    streamed = stream(model, 0.5)
+    device = streamed.stream.device
+    sample(streamed)
+    assert device.used_bytes > 0 and device.locked_bytes > 0
+    comfy.model_management.unload_all_models()
+    del streamed
+    gc.collect()
+    assert device.used_bytes == 0 and device.locked_bytes == 0
+    assert_same_weights(model, before)
+    for module in model.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not hasattr(module, "prev_comfy_cast_weights")
+
+
+def test_a_patcher_that_dies_while_loaded_leaves_a_model_that_works(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    streamed = stream(model, 0.5)
+    device = streamed.stream.device
+    sample(streamed)
+    del streamed
+    gc.collect()
+    assert torch.equal(sample(model), expected)
+    assert device.used_bytes == 0 and device.locked_bytes == 0
