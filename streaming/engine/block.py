@@ -165,13 +165,13 @@ def take_apart(
 
     divided: dict[int | None, list[Weight]] = {}
     for places in sites.values():
-        _, site, index = places[0]
+        _, site, place = places[0]
         tensor = site.get()
         home = tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor
         codec = codec_for(home, dtype_of(site.module, site.name))
-        weight = Weight(tuple(place[0] for place in places), tuple(place[1] for place in places), codec, home)
-        shared = any(place[2] != index for place in places)
-        divided.setdefault(None if shared else index, []).append(weight)
+        weight = Weight(tuple(name for name, _, _ in places), tuple(where for _, where, _ in places), codec, home)
+        shared = any(other[2] != place for other in places)
+        divided.setdefault(None if shared else place, []).append(weight)
 
     blocks = tuple(Block(name, unit, divided.get(index, ())) for index, (name, unit) in enumerate(units))
     return ModelBlocks(blocks, Block("(outside blocks)", root, divided.get(None, ())))

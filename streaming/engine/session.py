@@ -1,7 +1,8 @@
 """A model being streamed: residents, slabs, ring and pipeline of one module, from attach to close.
 
-In: a module taken apart, a device, plans. Out: the module runs with at most the planned bytes on the device. The session
-changes nothing of a module but which tensors stand in its parameter and buffer tables, and puts the home tensors back.
+In: a module taken apart, a device, plans. Out: the module runs with at most the planned bytes on the device. The
+session changes nothing of a module but which tensors stand in its parameter and buffer tables, and puts the home
+tensors back.
 
 States: `unloaded` (home tensors everywhere) -> `load` -> `loaded` (residents on the device, streamed weights on the
 host) -> `running` inside `one_pass`. `unload` and `close` lead back from anywhere.
@@ -121,11 +122,12 @@ class Session:
         marks = marks or Marks((None,) * len(self.parts.blocks), None)
         self.end_run()
         total, done = self.total_bytes, 0
-        previous, self.plan = self.plan, None
-        old = self._marks if previous else None
+        previous, old = self.plan, self._marks
+        self.plan = self._marks = None
         try:
             stale = [
-                not previous
+                previous is None
+                or old is None
                 or index in self._evicted
                 or previous.cuts[index] != plan.cuts[index]
                 or old.blocks[index] != marks.blocks[index]
@@ -133,14 +135,14 @@ class Session:
             ]
             # What goes is given back before anything comes, so that the sum never exceeds the larger of both plans.
             for index, block in enumerate(self.parts.blocks):
-                if previous and stale[index]:
+                if stale[index] and previous is not None:
                     block.to_device(torch.device("cpu"))
             for index, block in enumerate(self.parts.blocks):
                 if stale[index]:
                     self._load_block(index, plan.cuts[index], marks.blocks[index], changed)
                 done += block.weight_bytes()
                 progress(done, total)
-            if not previous or old.outside != marks.outside:
+            if old is None or old.outside != marks.outside:
                 self.parts.outside.to_device(torch.device("cpu"))
                 self._load_resident(self.parts.outside, len(self.parts.outside.weights), changed)
             progress(total, total)
@@ -284,14 +286,14 @@ class Session:
             block.to_device(torch.device("cpu"))
         self._streamed.clear()
         self._evicted.clear()
-        self.plan = None
+        self.plan = self._marks = None
 
     def forget(self) -> None:
         """Take note that someone else has put other tensors into the module: nothing of ours is loaded any more."""
         self.end_run()
         self._streamed.clear()
         self._evicted.clear()
-        self.plan = None
+        self.plan = self._marks = None
 
     def close(self) -> None:
         """Unload and unlock the host memory; home tensors that lie in a slab live on. Safe to call twice."""

@@ -2,8 +2,8 @@
 
 Its memory is host memory in an arena with an enforced budget. Copies are deferred: they run at a random later moment,
 at the latest when someone waits for them, so that reading too early reads NaN. Memory whose contents are discarded is
-filled with NaN. A copy into memory whose last reader it was not ordered after is an error, since on a real device it would be a
-race. All of it is deterministic for a seed.
+filled with NaN. A copy into memory whose last reader it was not ordered after is an error, since on a real device it
+would be a race. All of it is deterministic for a seed.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class SimulatedStream:
     """Work in order. A deferred stream runs it at random moments, the other at once."""
 
     def __init__(self, deferred: bool, chance: random.Random) -> None:
-        self.pending: deque[Callable[[], None]] = deque()
+        self.pending: deque[Callable[[], object]] = deque()
         self.done = 0
         self.deferred = deferred
         self.chance = chance
         self.seen: dict[SimulatedStream, int] = {}
 
-    def append(self, work: Callable[[], None]) -> int:
+    def append(self, work: Callable[[], object]) -> int:
         """Queue `work` and give its position; something random of the queue runs now."""
         self.pending.append(work)
         position = self.done + len(self.pending)

@@ -3,10 +3,11 @@
 In: a MODEL and settings. Out: a MODEL that ComfyUI's memory manager loads, unloads and clones like any other.
 
 The ledger. A model has several patchers (clones, an unstreamed branch of the graph), and any of them may be loaded
-after this one without our being told. So everything done to the model is written down where ComfyUI itself looks before
-it loads: `backup` has the home tensor of each parameter that was replaced, `model_lowvram` and `prev_comfy_cast_weights`
-the modules whose casting was switched on, and `current_weight_patches_uuid` an id that is nobody else's. Whoever comes
-next restores the model from these; our device memory is held by the model's parameters alone and goes with them.
+after this one without our being told. So everything done to the model is written down where ComfyUI itself looks
+before it loads: `backup` has the home tensor of each parameter that was replaced, `model_lowvram` and
+`prev_comfy_cast_weights` the modules whose casting was switched on, and `current_weight_patches_uuid` an id that is
+nobody else's. Whoever comes next restores the model from these; our device memory is held by the model's parameters
+alone and goes with them.
 """
 
 from __future__ import annotations
@@ -179,18 +180,18 @@ class StreamingModelPatcher(ModelPatcher):
             plan = plan_with(1, None, stream_all=True)
             logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
         present = session.plan if stream.is_in_place else None
-        if present is not None and present.prefetch == plan.prefetch and present.device_bytes <= max(budget, plan.device_bytes):
-            gain = plan.resident_bytes - present.resident_bytes
-            if 0 <= gain < WORTH_A_NEW_PLAN * session.total_bytes and not plan.is_resident:
-                return present
-        return plan
+        if present is None or present.prefetch != plan.prefetch or plan.is_resident:
+            return plan
+        gain = plan.resident_bytes - present.resident_bytes
+        fits = present.device_bytes <= max(budget, plan.device_bytes)
+        return present if fits and 0 <= gain < WORTH_A_NEW_PLAN * session.total_bytes else plan
 
     def _marks(self) -> Marks:
         """Blocks with patches are out of date whenever the patches change."""
-        patched = frozenset(key for key in self.patches)
 
         def mark(weights: tuple[Weight, ...]) -> uuid.UUID | None:
-            return self.patches_uuid if any(_key(name) in patched for weight in weights for name in weight.keys) else None
+            is_patched = any(_key(name) in self.patches for weight in weights for name in weight.keys)
+            return self.patches_uuid if is_patched else None
 
         parts = self.stream.session.parts
         return Marks(tuple(mark(block.weights) for block in parts.blocks), mark(parts.outside.weights))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
+
 from streamed import on_simulated_card, stream
 
 ERRORS = (RuntimeError, torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException)

@@ -7,6 +7,7 @@ import comfy.lora_convert
 import comfy.sd
 import pytest
 import torch
+
 from streamed import assert_same_weights, on_simulated_card, stream, weights_of
 
 FAMILIES = ("flux", "zimage")
@@ -87,9 +88,8 @@ def test_only_blocks_that_a_lora_touches_are_loaded_again(card, load, sample):
     sample(streamed)
     addresses = {name: tensor.data_ptr() for name, tensor in model.model.diffusion_model.state_dict().items()}
     sample(apply(streamed, lora, 1.0))
-    moved = {
-        name for name, tensor in model.model.diffusion_model.state_dict().items() if tensor.data_ptr() != addresses[name]
-    }
+    weights = model.model.diffusion_model.state_dict()
+    moved = {name for name, tensor in weights.items() if tensor.data_ptr() != addresses[name]}
     assert moved and all(name.startswith("single_blocks.3.") for name in moved)
 
 

@@ -11,6 +11,7 @@ from layerstream.nodes.layer_stream_model import LayerStreamModel
 from layerstream.streaming.engine.plan import BudgetTooSmall
 from layerstream.streaming.host.devices import SIMULATE_VARIABLE
 from layerstream.streaming.host.patcher import StreamingModelPatcher
+
 from streamed import on_simulated_card
 
 DEFAULTS = {"mode": "auto", "prefetch_blocks": 1, "vram_gb": 0.0, "min_free_mb": 0}

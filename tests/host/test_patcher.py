@@ -7,6 +7,7 @@ import gc
 import comfy.model_management
 import pytest
 import torch
+
 from streamed import assert_same_weights, on_simulated_card, stream, weights_of
 
 FAMILY = "flux"

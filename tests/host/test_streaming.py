@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from streamed import on_simulated_card, stream
 
 FAMILIES = ("zimage", "flux")
