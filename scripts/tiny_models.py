@@ -41,8 +41,8 @@ TINY_CONFIGURATIONS: dict[Family, dict[str, Any]] = {
         "hidden_size": 256,
         "mlp_ratio": 4.0,
         "num_heads": 2,
-        "depth": 2,
-        "depth_single_blocks": 6,
+        "depth": 4,
+        "depth_single_blocks": 8,
         "axes_dim": [16, 56, 56],
         "theta": 10000,
         "qkv_bias": True,
@@ -54,7 +54,7 @@ NEWER_FLUX_CONFIGURATION: dict[str, Any] = {"txt_ids_dims": [], "yak_mlp": False
 
 
 def build_tiny_model(family: Family, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """A model patcher around a tiny model of `family`: ten blocks (Z-Image) or eight (FLUX), weights in `dtype`.
+    """A model patcher around a tiny model of `family`: ten blocks (Z-Image) or twelve (FLUX), weights in `dtype`.
 
     Computes in float32, as ComfyUI does with bfloat16 weights on a processor.
     """

@@ -1,0 +1,86 @@
+"""How small packed weights are and how fast they are packed and restored on this machine's card.
+
+    python -m bench.codec
+
+Prints the device and its memory bandwidth first, verifies every output bit for bit, ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from scripts.pack import load_pack
+
+load_pack()
+
+from layerstream.streaming.engine.packing import pack, read_layout, unpack  # noqa: E402
+
+ROWS, WIDTH = 10240, 3840  # a feed-forward weight of Z-Image, 75 MiB
+
+
+def weights(device: str) -> dict[str, torch.Tensor]:
+    """bf16 matrices [ROWS, WIDTH] of the kinds that trained weights come in."""
+    torch.manual_seed(0)
+    shape = (ROWS, WIDTH)
+    normal = torch.randn(shape, device=device)
+    heavy = torch.distributions.StudentT(torch.tensor(5.0, device=device)).sample(shape)
+    uneven = torch.randn(shape, device=device) * torch.randn(ROWS, 1, device=device).exp()
+    return {name: (w * 0.02).bfloat16() for name, w in (("normal", normal), ("heavy", heavy), ("uneven", uneven))}
+
+
+def seconds(work: Callable[[], object], repeats: int = 20) -> list[float]:
+    """Device times of `work`, after three runs that are not counted."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return times
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.codec measures a CUDA device, and there is none here")
+    from layerstream.streaming.engine.packing_triton import decode
+
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    copy_s = statistics.median(seconds(lambda: big[: 1 << 29].copy_(big[1 << 29 :])))
+    memory_tb_s = (1 << 30) / copy_s / 1e12
+    print(f"{torch.cuda.get_device_name()}: device copies move {memory_tb_s:.2f} TB/s, reads and writes counted")
+    rows = {}
+    for name, weight in weights("cuda").items():
+        packed = pack(weight)
+        layout = read_layout(packed)
+        # Several outputs in turn, so that none of it stays in the cache.
+        outputs = [torch.full((weight.nbytes,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
+        for out in outputs:
+            decode(packed, layout, out)
+        equal = all(torch.equal(out.view(torch.int16), weight.view(torch.int16).reshape(-1)) for out in outputs)
+        assert equal and torch.equal(unpack(packed).view(torch.int16), weight.view(torch.int16).reshape(-1))
+        turn = iter(range(1 << 30))
+        times = seconds(lambda p=packed, y=layout, o=outputs, t=turn: decode(p, y, o[next(t) % 4]))
+        encode_s = statistics.median(seconds(lambda w=weight: pack(w), repeats=5))
+        moved = packed.numel() + weight.nbytes
+        rows[name] = {
+            "ratio": packed.numel() / weight.nbytes,
+            "decode_tb_s": weight.nbytes / statistics.median(times) / 1e12,
+            "decode_tb_s_min": weight.nbytes / max(times) / 1e12,
+            "share_of_memory_bandwidth": moved / statistics.median(times) / 1e12 / memory_tb_s,
+            "encode_gb_s": weight.nbytes / encode_s / 1e9,
+            "bit_equal": equal,
+        }
+        print(name, *(f"{key}={value:.3f}" for key, value in rows[name].items()))
+    print(json.dumps({"device": torch.cuda.get_device_name(), "memory_tb_s": memory_tb_s, "weights": rows}))
+
+
+if __name__ == "__main__":
+    main()
