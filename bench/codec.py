@@ -7,9 +7,11 @@ Prints the device and its memory bandwidth first, verifies every output bit for 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,9 +19,9 @@ from scripts.pack import load_pack
 
 load_pack()
 
-from layerstream.streaming.engine.packing import pack, read_layout, unpack  # noqa: E402
+from layerstream.streaming.engine.packing import Layout, pack, read_layout, unpack, worst_bytes  # noqa: E402
 
-ROWS, WIDTH = 10240, 3840  # a feed-forward weight of Z-Image, 75 MiB
+ROWS, WIDTH = 61440, 3840  # as many weights as six feed-forward matrices of Z-Image: launching must not count
 
 
 def weights(device: str) -> dict[str, torch.Tensor]:
@@ -50,7 +52,13 @@ def seconds(work: Callable[[], object], repeats: int = 20) -> list[float]:
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.codec measures a CUDA device, and there is none here")
-    from layerstream.streaming.engine.packing_triton import decode
+    from layerstream.streaming.engine.packing_triton import TritonPacker
+
+    packer = TritonPacker()
+    encode, decode = packer.encode, packer.decode
+
+    def decode_next(packed: torch.Tensor, layout: Layout, outputs: Iterator[torch.Tensor]) -> None:
+        decode(packed, layout, next(outputs))
 
     big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     copy_s = statistics.median(seconds(lambda: big[: 1 << 29].copy_(big[1 << 29 :])))
@@ -60,15 +68,17 @@ def main() -> None:
     for name, weight in weights("cuda").items():
         packed = pack(weight)
         layout = read_layout(packed)
+        room = torch.empty(worst_bytes(weight.numel()), dtype=torch.uint8, device="cuda")
+        assert encode(weight.view(torch.uint8), room) == layout and torch.equal(room[: packed.numel()], packed)
         # Several outputs in turn, so that none of it stays in the cache.
         outputs = [torch.full((weight.nbytes,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
         for out in outputs:
             decode(packed, layout, out)
         equal = all(torch.equal(out.view(torch.int16), weight.view(torch.int16).reshape(-1)) for out in outputs)
         assert equal and torch.equal(unpack(packed).view(torch.int16), weight.view(torch.int16).reshape(-1))
-        turn = iter(range(1 << 30))
-        times = seconds(lambda p=packed, y=layout, o=outputs, t=turn: decode(p, y, o[next(t) % 4]))
-        encode_s = statistics.median(seconds(lambda w=weight: pack(w), repeats=5))
+        turns = itertools.cycle(outputs)
+        times = seconds(functools.partial(decode_next, packed, layout, turns))
+        encode_s = statistics.median(seconds(functools.partial(encode, weight.view(torch.uint8), room), repeats=5))
         moved = packed.numel() + weight.nbytes
         rows[name] = {
             "ratio": packed.numel() / weight.nbytes,

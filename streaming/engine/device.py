@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from .packing import Packer
+
 logger = logging.getLogger("layerstream")
 
 
@@ -37,6 +39,8 @@ class Device(Protocol):
     torch_device: torch.device
     holds_activations: bool
     """True where compute takes memory from the same place as weights."""
+    packer: Packer | None
+    """What packs weights for the link and restores them here; None where nothing can."""
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Give a uint8 tensor [size_bytes] that is returned when its last view dies.
@@ -66,6 +70,14 @@ class Device(Protocol):
     def peak_bytes(self) -> int: ...
 
 
+def _triton_packer() -> Packer | None:
+    try:
+        from .packing_triton import TritonPacker
+    except ImportError:
+        return None  # torch brings Triton on Linux only; whoever plans says that weights travel raw
+    return TritonPacker()
+
+
 class CudaDevice:
     """A CUDA (or ROCm) device through torch."""
 
@@ -74,6 +86,7 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
+        self.packer = _triton_packer()
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         # ComfyUI runs nodes in inference mode; memory made there could not be written to outside it.

@@ -14,16 +14,21 @@ SMOOTHING = 0.5  # weight of the newest time against the running one
 
 
 class Visit:
-    """The events of one block's stay on the device, from the start of its copy to the end of its compute."""
+    """The events of one block's stay on the device, from the start of its copy to the end of its compute.
 
-    __slots__ = ("asked", "fetching", "free", "ready", "running", "was_used")
+    Its slot is `free` when it is done, or, packed, as soon as it is restored elsewhere.
+    """
+
+    __slots__ = ("asked", "done", "fetching", "free", "ready", "restored", "running", "was_used")
 
     def __init__(self, device: Device) -> None:
         self.fetching: Event = device.event()
         self.ready: Event = device.event()
         self.asked: Event = device.event()
         self.running: Event = device.event()
+        self.restored: Event = device.event()
         self.free: Event = device.event()
+        self.done: Event = device.event()
         self.was_used = False
 
 
@@ -33,13 +38,16 @@ class BlockTimes:
 
     copy_ms: float | None = None
     wait_ms: float | None = None
+    restore_ms: float | None = None
     compute_ms: float | None = None
     visits: int = 0
 
-    def add(self, copy_ms: float, wait_ms: float, compute_ms: float) -> None:
-        self.copy_ms = _smooth(self.copy_ms, copy_ms)
-        self.wait_ms = _smooth(self.wait_ms, wait_ms)
-        self.compute_ms = _smooth(self.compute_ms, compute_ms)
+    def add(self, visit: Visit) -> None:
+        """Take the times of a visit whose events are all reached."""
+        self.copy_ms = _smooth(self.copy_ms, visit.fetching.elapsed_time(visit.ready))
+        self.wait_ms = _smooth(self.wait_ms, visit.asked.elapsed_time(visit.running))
+        self.restore_ms = _smooth(self.restore_ms, visit.running.elapsed_time(visit.restored))
+        self.compute_ms = _smooth(self.compute_ms, visit.restored.elapsed_time(visit.done))
         self.visits += 1
 
 
@@ -84,12 +92,8 @@ class Meter:
             self.times.setdefault(index, BlockTimes())
         pair.reverse()
         oldest = pair[0]
-        if oldest.was_used and oldest.free.query():
-            self.times[index].add(
-                oldest.fetching.elapsed_time(oldest.ready),
-                oldest.asked.elapsed_time(oldest.running),
-                oldest.running.elapsed_time(oldest.free),
-            )
+        if oldest.was_used and oldest.done.query():
+            self.times[index].add(oldest)
         oldest.was_used = False
         return oldest
 

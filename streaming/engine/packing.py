@@ -7,22 +7,23 @@ all weights use seven neighbouring ones. Signs and mantissas look random and tra
 
 Version 1, little endian, for n elements in c = ceil(n / CHUNK) chunks; sections begin at multiples of 256 bytes:
 
-    header      64 B       magic b"LSPK", version u8, 3 B zero, n u64, c u64, escapes u64, zeros
+    header      256 B      magic b"LSPK", version u8, 3 B zero, n u64, c u64, escapes u64, zeros
     chunks      8 B x c    first escape of the chunk u32, lowest exponent of its window u8, 3 B zero
     fractions   1 B x n    sign in bit 7, mantissa in bits 0 to 6
     codes       c x 3 planes x COLUMNS words u32
     escapes     1 B each   exponents outside their chunk's window
 
-An element's place in its chunk is row * COLUMNS + column, with 32 rows. Its 3-bit code is in bit `row` of word `column`
-of the three planes, lowest bit in the first: 0 to 6 count up from the window's lowest exponent, 7 says that the
-exponent is among the escapes. Escapes are in the order of chunk, column, row: the first of a column is found by a
-prefix sum over the columns' escape counts, far fewer than elements.
+Four neighbouring elements are a quad; a chunk has ROWS rows of COLUMNS quads. The 3-bit code of element j of the quad
+in a row and column is in bit 8 * j + row of word `column` of the three planes, lowest bit in the first, so that one
+shift and one mask give a bit of each of four elements, a byte apart. Codes 0 to 6 count up from the window's lowest
+exponent, 7 says that the exponent is among the escapes. Escapes are in the order of chunk, column, row, element: the
+first of a column is found by a prefix sum over the columns' escape counts, far fewer than elements.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -30,16 +31,17 @@ from .codec import align
 
 MAGIC = b"LSPK"
 VERSION = 1
-ROWS = 32
-COLUMNS = 512
-CHUNK = ROWS * COLUMNS
+ROWS = 8
+COLUMNS = 128
+QUAD = 4
+CHUNK = ROWS * COLUMNS * QUAD
 WINDOW = 7
 ESCAPE = 7
 HEADER_BYTES = 256
 CHUNK_ENTRY_BYTES = 8
 
 # Encoding takes about 60 bytes of scratch an element; batches keep it bounded, see `SCRATCH_BYTES`.
-BATCH_CHUNKS = 64
+BATCH_CHUNKS = 256
 SCRATCH_BYTES = 60 * BATCH_CHUNKS * CHUNK
 
 
@@ -79,6 +81,33 @@ def layout_of(elements: int, escapes: int) -> Layout:
     return Layout(elements, -(-elements // CHUNK), escapes)
 
 
+def worst_bytes(elements: int) -> int:
+    """Bytes that suffice for any weight of so many elements: every exponent an escape."""
+    return layout_of(elements, elements).stored_bytes
+
+
+class Packer(Protocol):
+    """What packs and restores on one kind of device; all of them make the same bytes."""
+
+    def encode(self, raw: torch.Tensor, room: torch.Tensor) -> Layout:
+        """Pack bf16 patterns `raw` (uint8, whole quads) into the beginning of `room` (uint8, `worst_bytes`)."""
+
+    def decode(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        """Restore into `out` (uint8, room for whole quads) on the stream that computes now."""
+
+
+class PlainPacker:
+    """The packer of any device: slow, and waits for the device."""
+
+    def encode(self, raw: torch.Tensor, room: torch.Tensor) -> Layout:
+        packed = pack(raw.view(torch.bfloat16))
+        room[: packed.numel()].copy_(packed)
+        return read_layout(packed)
+
+    def decode(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        out[: 2 * layout.elements].copy_(unpack(packed[: layout.stored_bytes]).view(torch.uint8))
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Pack `weight` (bf16, any shape) into uint8 [stored_bytes] on its device.
 
@@ -90,7 +119,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     batches = [_pack_chunks(batch) for batch in bits.split(BATCH_CHUNKS * CHUNK)]
     layout = layout_of(bits.numel(), sum(batch.escapes.numel() for batch in batches))
     packed = torch.zeros(layout.stored_bytes, dtype=torch.uint8, device=bits.device)
-    packed[:HEADER_BYTES].copy_(_header(layout))
+    packed[:HEADER_BYTES].copy_(header(layout))
     table = packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].view(layout.chunks, CHUNK_ENTRY_BYTES)
     codes = packed[layout.codes :][: layout.chunks * 3 * COLUMNS * 4].view(torch.int32).view(-1, 3, COLUMNS)
     chunk, escape = 0, 0
@@ -125,20 +154,30 @@ def _pack_chunks(bits: torch.Tensor) -> _Batch:
     codes = torch.where((codes >= 0) & (codes < WINDOW), codes, ESCAPE)
     missing = chunks * CHUNK - bits.numel()
     # What pads the last chunk must not look like an escape.
-    codes = torch.nn.functional.pad(codes, (0, missing)).view(chunks, ROWS, COLUMNS)
-    exponents = torch.nn.functional.pad(exponents, (0, missing)).view(chunks, ROWS, COLUMNS)
-    rows = torch.arange(ROWS, device=bits.device, dtype=torch.int64).view(1, ROWS, 1)
-    planes = [(((codes >> plane) & 1).to(torch.int64) << rows).sum(dim=1) for plane in range(3)]
-    by_column = codes.transpose(1, 2)
-    is_escape = by_column == ESCAPE
-    counts = is_escape.sum(dim=(1, 2))
+    codes = _by_column(torch.nn.functional.pad(codes, (0, missing)), chunks)
+    exponents = _by_column(torch.nn.functional.pad(exponents, (0, missing)), chunks)
+    places = _bit_places(bits.device)
+    planes = [(((codes >> plane) & 1).to(torch.int64) << places).sum(dim=(2, 3)) for plane in range(3)]
+    is_escape = codes == ESCAPE
+    counts = is_escape.sum(dim=(1, 2, 3))
     return _Batch(
         fractions,
         lowest,
         counts.cumsum(0) - counts,
         torch.stack(planes, dim=1).to(torch.int32),
-        exponents.transpose(1, 2)[is_escape].to(torch.uint8),
+        exponents[is_escape].to(torch.uint8),
     )
+
+
+def _by_column(elements: torch.Tensor, chunks: int) -> torch.Tensor:
+    """View elements [chunks * CHUNK] as [chunks, COLUMNS, ROWS, QUAD], the order in which escapes are listed."""
+    return elements.view(chunks, ROWS, COLUMNS, QUAD).transpose(1, 2)
+
+
+def _bit_places(device: torch.device) -> torch.Tensor:
+    """Which bit of its column's word belongs to an element: int64 [ROWS, QUAD]."""
+    row = torch.arange(ROWS, device=device).view(ROWS, 1)
+    return row + 8 * torch.arange(QUAD, device=device)
 
 
 def _windows(exponents: torch.Tensor, chunks: int) -> torch.Tensor:
@@ -157,27 +196,25 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     layout = read_layout(packed)
     table = packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].reshape(layout.chunks, CHUNK_ENTRY_BYTES)
     first_escapes = table[:, :4].contiguous().view(torch.int32).view(-1)
-    planes = packed[layout.codes :][: layout.chunks * 3 * COLUMNS * 4].clone().view(torch.int32)
-    planes = planes.view(layout.chunks, 3, 1, COLUMNS)
-    rows = torch.arange(ROWS, device=packed.device, dtype=torch.int32).view(1, ROWS, 1)
-    codes = sum(((planes[:, plane] >> rows) & 1) << plane for plane in range(3))
-    assert isinstance(codes, torch.Tensor)
-    is_escape = (codes == ESCAPE).transpose(1, 2)
-    counts = is_escape.sum(dim=(1, 2))
+    planes = packed[layout.codes :][: layout.chunks * 3 * COLUMNS * 4].clone().view(torch.int32).to(torch.int64)
+    planes = planes.view(layout.chunks, 3, COLUMNS, 1, 1)
+    places = _bit_places(packed.device)
+    codes = ((planes[:, 0] >> places) & 1) + 2 * ((planes[:, 1] >> places) & 1) + 4 * ((planes[:, 2] >> places) & 1)
+    is_escape = codes == ESCAPE
+    counts = is_escape.sum(dim=(1, 2, 3))
     if not torch.equal(first_escapes.to(torch.int64), counts.cumsum(0) - counts):
         raise CorruptPacking("the chunk table does not match the escapes")
     if int(counts.sum()) != layout.escapes:
         raise CorruptPacking(f"{int(counts.sum())} escapes are used, the header says {layout.escapes}")
-    exponents = (codes + table[:, 4].to(torch.int32).view(-1, 1, 1)) & 0xFF
-    by_column = exponents.transpose(1, 2)
-    by_column[is_escape] = packed[layout.escape_list :][: layout.escapes].to(torch.int32)
-    exponents = exponents.reshape(-1)[: layout.elements]
+    exponents = (codes + table[:, 4].to(torch.int64).view(-1, 1, 1, 1)) & 0xFF
+    exponents[is_escape] = packed[layout.escape_list :][: layout.escapes].to(torch.int64)
+    exponents = exponents.transpose(1, 2).reshape(-1)[: layout.elements].to(torch.int32)
     fractions = packed[layout.fractions :][: layout.elements].to(torch.int32)
     bits = (fractions & 0x80) << 8 | exponents << 7 | fractions & 0x7F
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def _header(layout: Layout) -> torch.Tensor:
+def header(layout: Layout) -> torch.Tensor:
     fixed = struct.pack("<4sB3xQQQ", MAGIC, VERSION, *layout)
     return torch.frombuffer(bytearray(fixed.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 

@@ -1,6 +1,9 @@
-"""The fast decoder of packed weights, as a Triton kernel. The format and its plain twin are in `packing`.
+"""The fast coder of packed weights, as Triton kernels. The format and its plain twin are in `packing`.
 
-In: packed bytes on a CUDA device. Out: bf16 written into memory the caller gives. One program decodes one chunk.
+In: bf16 bits or packed bytes on a CUDA device. Out: packed bytes, or bf16 bits in memory the caller gives. One program
+works on one chunk.
+
+Decoding is bound by integer arithmetic, not by memory, so it works on the four elements of a quad at once, a byte each.
 """
 
 from __future__ import annotations
@@ -9,82 +12,250 @@ import torch
 import triton
 import triton.language as tl
 
-from .packing import CHUNK, CHUNK_ENTRY_BYTES, COLUMNS, ESCAPE, ROWS, Layout
+from .packing import (
+    CHUNK,
+    CHUNK_ENTRY_BYTES,
+    COLUMNS,
+    ESCAPE,
+    HEADER_BYTES,
+    QUAD,
+    ROWS,
+    WINDOW,
+    Layout,
+    header,
+    layout_of,
+    worst_bytes,
+)
 
-WARPS = 4
+DECODE_WARPS = 2
+ENCODE_WARPS = 4
 
 
 @triton.jit
 def _count_bits(word):
-    """Number of set bits of each uint32, by the usual sums of neighbours; Triton has no portable instruction for it."""
+    """Set bits of each uint32, by the usual sums of neighbours; Triton has no portable instruction for it."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
-    return (word * 0x01010101) >> 24
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _next_escapes(escape_list, rank, count, escapes, HELD: tl.constexpr):
+    """The next HELD escapes of each column as bytes of a uint64, zero where there are fewer than that."""
+    held = tl.zeros_like(rank).to(tl.uint64)
+    for k in tl.static_range(HELD):
+        # Ranks come from the bytes; the bound holds whatever they are.
+        inside = (k < count) & (rank + k >= 0) & (rank + k < escapes)
+        held |= tl.load(escape_list + rank + k, mask=inside, other=0).to(tl.uint64) << (8 * k)
+    return held
+
+
+@triton.jit
+def _two(word, LOW: tl.constexpr):
+    """Two neighbouring bytes of `word`, the lower pair or the upper, each in the low half of 16 bits."""
+    if LOW:
+        return (word & 0xFF) | ((word & 0xFF00) << 8)
+    else:
+        return ((word >> 16) & 0xFF) | ((word >> 8) & 0xFF0000)
+
+
+@triton.jit
+def _join(fraction, exponent):
+    """Two bf16 patterns in a uint32 from two fractions and two exponents, each in the low byte of its half."""
+    return ((fraction & 0x00800080) << 8) | (exponent << 7) | (fraction & 0x007F007F)
 
 
 @triton.jit
 def decode_kernel(
     table,  # int32 [chunks, 2]: first escape; lowest exponent in the low byte
-    fractions,  # uint8 [elements]
-    codes,  # int32 [chunks, 3, COLUMNS]
+    fractions,  # uint32 [quads]
+    codes,  # uint32 [chunks, 3, COLUMNS]
     escape_list,  # uint8 [escapes]
-    out,  # int16 [elements]
-    elements,
+    out,  # int64 [quads]
+    quads,
     escapes,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ESCAPE: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     escape = tl.load(table + chunk * 2)
-    lowest = tl.load(table + chunk * 2 + 1) & 0xFF
+    lowest = (tl.load(table + chunk * 2 + 1) & 0xFF).to(tl.uint32) * 0x01010101
     words = codes + chunk * 3 * COLUMNS + column
     low = tl.load(words).to(tl.uint32, bitcast=True)
     middle = tl.load(words + COLUMNS).to(tl.uint32, bitcast=True)
     high = tl.load(words + 2 * COLUMNS).to(tl.uint32, bitcast=True)
-    count = _count_bits(low & middle & high).to(tl.int32)
+    is_escape = low & middle & high
+    count = _count_bits(is_escape)
     rank = tl.cumsum(count, 0) - count + escape
+    held = _next_escapes(escape_list, rank, count, escapes, 8)
+    # A column rarely has more escapes than are held; where one has, each row fetches its own.
+    overflows = tl.max(count, 0) > 8
     base = chunk * ROWS * COLUMNS
     for row in tl.static_range(ROWS):
         index = base + row * COLUMNS + column
+        inside = index < quads
+        fraction = tl.load(fractions + index, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        flags = (is_escape >> row) & 0x01010101
+        mask = (flags << 8) - flags
+        code = (low >> row) & 0x01010101
+        code |= ((middle >> row) & 0x01010101) << 1
+        code |= ((high >> row) & 0x01010101) << 2
+        here = (flags * 0x01010101) >> 24
+        if overflows:
+            held = _next_escapes(escape_list, rank, here.to(tl.int32), escapes, 4)
+            rank += here.to(tl.int32)
+        # Deal the held bytes to the elements that are escapes, in order.
+        left = held.to(tl.uint32)
+        dealt = left & 0xFF
+        left = left >> ((flags & 0x1) << 3)
+        dealt |= (left & 0xFF) << 8
+        left = left >> ((flags >> 5) & 0x8)
+        dealt |= (left & 0xFF) << 16
+        left = left >> ((flags >> 13) & 0x8)
+        dealt |= left << 24
+        held = held >> (here << 3).to(tl.uint64)
+        keep = mask ^ 0xFFFFFFFF
+        exponent = (((code & keep) + lowest) & keep) | (dealt & mask)
+        first = _join(_two(fraction, True), _two(exponent, True))
+        second = _join(_two(fraction, False), _two(exponent, False))
+        both = first.to(tl.uint64) | (second.to(tl.uint64) << 32)
+        tl.store(out + index, both.to(tl.int64, bitcast=True), mask=inside)
+
+
+@triton.jit
+def measure_kernel(
+    bits,  # int16 [elements]
+    table,  # int32 [chunks, 2]: escapes of the chunk, lowest exponent
+    elements,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Choose each chunk's window and count what falls outside it."""
+    chunk = tl.program_id(0)
+    index = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = index < elements
+    exponent = (tl.load(bits + index, mask=inside, other=0).to(tl.int32) >> 7) & 0xFF
+    counts = tl.histogram(exponent, 256)
+    total = tl.minimum(elements - chunk * CHUNK, CHUNK)
+    counts -= tl.where(tl.arange(0, 256) == 0, CHUNK - total, 0)  # what pads the chunk was counted as zeros
+    start = tl.arange(0, 256)[:, None]
+    bin = tl.arange(0, 256)[None, :]
+    held = tl.sum(tl.where((bin >= start) & (bin < start + WINDOW), counts[None, :], 0), 1)
+    held = tl.where(tl.arange(0, 256) <= 256 - WINDOW, held, -1)
+    most = tl.max(held, 0)
+    lowest = tl.min(tl.where(held == most, tl.arange(0, 256), 256), 0)
+    tl.store(table + chunk * 2, total - most)
+    tl.store(table + chunk * 2 + 1, lowest)
+
+
+@triton.jit
+def encode_kernel(
+    bits,  # int16 [elements]
+    table,  # int32 [chunks, 2]: first escape, lowest exponent
+    fractions,  # uint8 [elements]
+    codes,  # int32 [chunks, 3, COLUMNS]
+    escape_list,  # uint8 [escapes]
+    elements,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    QUAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ESCAPE: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    escape = tl.load(table + chunk * 2)
+    lowest = tl.load(table + chunk * 2 + 1)
+    column = tl.arange(0, COLUMNS)
+    low = tl.zeros([COLUMNS], tl.int32)
+    middle = tl.zeros([COLUMNS], tl.int32)
+    high = tl.zeros([COLUMNS], tl.int32)
+    count = tl.zeros([COLUMNS], tl.int32)
+    for place in tl.static_range(ROWS * QUAD):
+        index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
         inside = index < elements
-        fraction = tl.load(fractions + index, mask=inside, other=0).to(tl.int32)
-        code = (((low >> row) & 1) | (((middle >> row) & 1) << 1) | (((high >> row) & 1) << 2)).to(tl.int32)
-        is_escape = code == ESCAPE
-        # Ranks come from the bytes; the bound holds whatever they are.
-        listed = tl.load(escape_list + rank, mask=is_escape & (rank >= 0) & (rank < escapes), other=0).to(tl.int32)
-        exponent = tl.where(is_escape, listed, (code + lowest) & 0xFF)
-        rank += is_escape.to(tl.int32)
-        bits = ((fraction & 0x80) << 8) | (exponent << 7) | (fraction & 0x7F)
-        tl.store(out + index, bits.to(tl.int16), mask=inside)
+        pattern = tl.load(bits + index, mask=inside, other=0).to(tl.int32)
+        code = ((pattern >> 7) & 0xFF) - lowest
+        code = tl.where((code >= 0) & (code < WINDOW), code, ESCAPE)
+        code = tl.where(inside, code, 0)
+        bit = 8 * (place % QUAD) + place // QUAD
+        low |= (code & 1) << bit
+        middle |= ((code >> 1) & 1) << bit
+        high |= ((code >> 2) & 1) << bit
+        count += (code == ESCAPE).to(tl.int32)
+        fraction = ((pattern >> 8) & 0x80) | (pattern & 0x7F)
+        tl.store(fractions + index, fraction.to(tl.uint8), mask=inside)
+    words = codes + chunk * 3 * COLUMNS + column
+    tl.store(words, low)
+    tl.store(words + COLUMNS, middle)
+    tl.store(words + 2 * COLUMNS, high)
+    rank = tl.cumsum(count, 0) - count + escape
+    for place in tl.static_range(ROWS * QUAD):
+        index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
+        is_escape = ((low & middle & high) >> (8 * (place % QUAD) + place // QUAD)) & 1
+        exponent = (tl.load(bits + index, mask=is_escape != 0, other=0).to(tl.int32) >> 7) & 0xFF
+        tl.store(escape_list + rank, exponent.to(tl.uint8), mask=is_escape != 0)
+        rank += is_escape
 
 
-def decode(packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-    """Decode `packed` (uint8, CUDA) of `layout` into `out`, uint8 of at least 2 x elements, on the current stream.
+class TritonPacker:
+    """The packer of CUDA devices."""
 
-    The layout is taken as it is: check it once with `packing.read_layout`. Raises ValueError for memory too small.
-    """
-    if packed.numel() < layout.stored_bytes or out.numel() < 2 * layout.elements:
-        raise ValueError(f"{packed.numel()} packed bytes and room for {out.numel()} do not fit {layout}")
-    if layout.chunks == 0:
-        return
-    table = packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].view(torch.int32)
-    codes = packed[layout.codes :][: layout.chunks * 3 * COLUMNS * 4].view(torch.int32)
-    decode_kernel[(layout.chunks,)](
-        table,
-        packed[layout.fractions :],
-        codes,
-        packed[layout.escape_list :],
-        out[: 2 * layout.elements].view(torch.int16),
-        layout.elements,
-        layout.escapes,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        ESCAPE=ESCAPE,
-        num_warps=WARPS,
-    )
+    def encode(self, raw: torch.Tensor, room: torch.Tensor) -> Layout:
+        """Pack `raw` (uint8 over bf16 patterns, whole quads) into `room`; waits for the device once.
 
+        Needs no memory besides 8 bytes a chunk. Raises ValueError when `room` is less than `worst_bytes`.
+        """
+        bits = raw.view(torch.int16)
+        chunks = -(-bits.numel() // CHUNK)
+        if room.numel() < worst_bytes(bits.numel()):
+            raise ValueError(f"{room.numel()} bytes of room for {bits.numel()} elements")
+        table = torch.empty((chunks, 2), dtype=torch.int32, device=bits.device)
+        if chunks:
+            measure_kernel[(chunks,)](bits, table, bits.numel(), CHUNK=CHUNK, WINDOW=WINDOW, num_warps=ENCODE_WARPS)
+        ends = table[:, 0].cumsum(0)
+        layout = layout_of(bits.numel(), int(ends[-1]) if chunks else 0)
+        table[:, 0] = ends - table[:, 0]
+        packed = room[: layout.stored_bytes].zero_()
+        packed[:HEADER_BYTES].copy_(header(layout))
+        if chunks:
+            packed[layout.table :][: table.nbytes].copy_(table.view(torch.uint8).view(-1))
+            encode_kernel[(chunks,)](
+                bits,
+                table,
+                packed[layout.fractions :],
+                packed[layout.codes :][: chunks * 3 * COLUMNS * 4].view(torch.int32),
+                packed[layout.escape_list :],
+                bits.numel(),
+                ROWS=ROWS,
+                COLUMNS=COLUMNS,
+                QUAD=QUAD,
+                WINDOW=WINDOW,
+                ESCAPE=ESCAPE,
+                num_warps=ENCODE_WARPS,
+            )
+        return layout
 
-assert CHUNK == ROWS * COLUMNS
+    def decode(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        """Restore `packed` of `layout`, which was checked when it was made, into `out` on the current stream.
+
+        Raises ValueError for memory too small.
+        """
+        quads = -(-layout.elements // QUAD)
+        if packed.numel() < layout.stored_bytes or out.numel() < 2 * QUAD * quads:
+            raise ValueError(f"{packed.numel()} packed bytes and room for {out.numel()} do not fit {layout}")
+        if layout.chunks == 0:
+            return
+        decode_kernel[(layout.chunks,)](
+            packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].view(torch.int32),
+            packed[layout.fractions :][: QUAD * quads].view(torch.int32),
+            packed[layout.codes :][: layout.chunks * 3 * COLUMNS * 4].view(torch.int32),
+            packed[layout.escape_list :],
+            out[: 2 * QUAD * quads].view(torch.int64),
+            quads,
+            layout.escapes,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=DECODE_WARPS,
+        )

@@ -6,29 +6,22 @@ all other times host tensors.
 Ordering, which is all there is to get right:
 1. a copy into a slot waits for the `free` event of the visit before, so it never overwrites what compute still reads;
 2. a block's compute waits for the `ready` event of its own visit, so it never reads what has not arrived;
-3. every copy is on one stream, so two copies into one slot keep their order.
+3. every copy is on one stream, so two copies into one slot keep their order;
+4. a packed block is restored on the stream that computes, after the block before it, so one scratch serves all.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from .block import Block, Weight, ready_to_put
+from .block import Weight, ready_to_put
 from .device import Device
-from .meter import Meter
+from .loader import StreamedBlock
+from .meter import Meter, Visit
 from .ring import Ring, Slot
 from .walk import Walk
 
-
-class StreamedBlock(NamedTuple):
-    """A block whose weights from `cut` on are streamed; `source` is their bytes on the host."""
-
-    block: Block
-    cut: int
-    source: torch.Tensor
-    host_tensors: list[tuple[Weight, torch.Tensor]]
+SCRATCH = -1  # where a slot's number would be, for views over the scratch
 
 
 class Pipeline:
@@ -46,6 +39,8 @@ class Pipeline:
         # Copies get a stream of their own, so that they run beside compute instead of between its kernels.
         self._copies = device.copy_stream()
         self._views: dict[tuple[int, int], list[tuple[Weight, torch.Tensor]]] = {}
+        # Blocks whose forward runs, with their visit; a restored one has left its slot.
+        self._bound: dict[int, tuple[Visit, Slot | None]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def begin_pass(self) -> None:
@@ -62,9 +57,8 @@ class Pipeline:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for slot in self._ring.slots:
-            if slot.is_bound:
-                self._free(slot)
+        for index in list(self._bound):
+            self._unbind(index)
         if whole:
             self._walk.finish()
         else:
@@ -91,9 +85,8 @@ class Pipeline:
 
     def _after(self, index: int):
         def leave(module: torch.nn.Module, args: tuple, output: object) -> None:
-            slot = self._ring.find(index)
-            if slot is not None and slot.is_bound:
-                self._free(slot)
+            if index in self._bound:
+                self._unbind(index)
                 self._refill()
 
         return leave
@@ -118,18 +111,43 @@ class Pipeline:
         compute.wait_event(visit.ready)
         visit.running.record(compute)
         slot.is_bound = True
-        for weight, tensor in self._slot_views(index, slot):
+        streamed = self._blocks[index]
+        if streamed.layout is None:
+            self._bound[index] = visit, slot
+            views = self._views_of(streamed, index, slot.number, slot.memory)
+        else:
+            self._restore(streamed, slot)
+            self._bound[index] = visit, None
+            views = self._views_of(streamed, index, SCRATCH, self._ring.scratch)
+        visit.restored.record(compute)
+        for weight, tensor in views:
             weight.put(tensor)
         self._refill()
+
+    def _restore(self, streamed: StreamedBlock, slot: Slot) -> None:
+        """Restore a packed block into the scratch; its slot is free from then on, before the block computes."""
+        assert streamed.layout is not None and self._device.packer is not None
+        if any(slot is None for _, slot in self._bound.values()):
+            raise RuntimeError(f"`{streamed.block.name}` started inside another packed block")
+        self._device.packer.decode(slot.memory[: streamed.source.nbytes], streamed.layout, self._ring.scratch)
+        self._free(slot)
+
+    def _unbind(self, index: int) -> None:
+        visit, slot = self._bound.pop(index)
+        visit.done.record(self._device.compute_stream())
+        visit.was_used = True
+        for weight, tensor in self._blocks[index].host_tensors:
+            weight.put(tensor)
+        if slot is not None:
+            self._free(slot)
+        else:
+            self._device.discard(self._ring.scratch)
 
     def _free(self, slot: Slot) -> None:
         index, visit = slot.holder, slot.visit
         assert index is not None and visit is not None
-        for weight, tensor in self._blocks[index].host_tensors:
-            weight.put(tensor)
         visit.free.record(self._device.compute_stream())
         self._device.note_read(slot.memory)
-        visit.was_used = True
         slot.is_bound = False
         # A block that comes again before its slot is needed stays: walks shorter than the ring, repeated blocks.
         if index not in self._walk.upcoming(len(self._ring)):
@@ -158,16 +176,13 @@ class Pipeline:
         slot.holder, slot.visit = index, visit
         self._meter.current.moved_bytes += source.nbytes
 
-    def _slot_views(self, index: int, slot: Slot) -> list[tuple[Weight, torch.Tensor]]:
-        """The block's weights as tensors over the slot; made once for each pair, since making them costs time."""
-        views = self._views.get((index, slot.number))
+    def _views_of(
+        self, streamed: StreamedBlock, index: int, place: int, memory: torch.Tensor
+    ) -> list[tuple[Weight, torch.Tensor]]:
+        """The block's weights as tensors over `memory`; made once for each place, since making them costs time."""
+        views = self._views.get((index, place))
         if views is None:
-            streamed = self._blocks[index]
-            views = ready_to_put(
-                streamed.block.views(
-                    slot.memory, streamed.cut, len(streamed.block.weights), streamed.block.offset_of(streamed.cut)
-                )
-            )
-            self._views[index, slot.number] = views
+            block, cut = streamed.block, streamed.cut
+            views = ready_to_put(block.views(memory, cut, len(block.weights), block.offset_of(cut)))
+            self._views[index, place] = views
         return views
-

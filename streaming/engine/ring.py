@@ -31,11 +31,15 @@ class Slot:
 
 
 class Ring:
-    """All slots of one model. Raises torch.OutOfMemoryError when they do not fit."""
+    """All slots of one model, and the scratch in which packed blocks are restored, one at a time.
 
-    def __init__(self, device: Device, slots: int, slot_bytes: int) -> None:
+    Raises torch.OutOfMemoryError when they do not fit.
+    """
+
+    def __init__(self, device: Device, slots: int, slot_bytes: int, scratch_bytes: int = 0) -> None:
         self._device = device
         self.slot_bytes = slot_bytes
+        self.scratch = device.allocate(scratch_bytes)
         self.slots = [Slot(number, device.allocate(slot_bytes)) for number in range(slots)]
 
     def __len__(self) -> int:
@@ -43,7 +47,7 @@ class Ring:
 
     @property
     def ring_bytes(self) -> int:
-        return len(self.slots) * self.slot_bytes
+        return len(self.slots) * self.slot_bytes + self.scratch.numel()
 
     def find(self, index: int) -> Slot | None:
         """The slot that holds block `index`, arrived or on its way."""

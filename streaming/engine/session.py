@@ -16,17 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from .block import Block, ModelBlocks, Weight, ready_to_put
+from .block import ModelBlocks
 from .device import Device
+from .loader import BlockLoader, Changed, StreamedBlock
 from .meter import Meter
-from .pipeline import Pipeline, StreamedBlock
+from .pipeline import Pipeline
 from .plan import BlockSizes, Plan
 from .ring import Ring
-from .store import HostStore, Slab
 from .walk import Walk
 
-# What a weight is to hold: None for its home tensor, else the changed one, on any device.
-Changed = Callable[[Weight], torch.Tensor | None]
 Progress = Callable[[int, int], None]
 
 
@@ -51,11 +49,9 @@ class Session:
         self.meter = Meter(device)
         self.plan: Plan | None = None
         self.is_running = False
-        self._keep_home = keep_home
-        self._store = HostStore(device)
+        self._loader = BlockLoader(device, keep_home)
         self._walk = Walk(range(len(parts.blocks)))
         self._marks: Marks | None = None
-        self._slab_marks: dict[int, Hashable] = {}
         self._streamed: dict[int, StreamedBlock] = {}
         self._evicted: set[int] = set()
         self._ring: Ring | None = None
@@ -96,12 +92,26 @@ class Session:
         return self._ring.ring_bytes if self._ring else 0
 
     @property
+    def slot_bytes(self) -> int:
+        """What the largest streamed block takes of the link, and so of a slot."""
+        return max((streamed.source.nbytes for streamed in self._streamed.values()), default=0)
+
+    @property
+    def _scratch_bytes(self) -> int:
+        return max((streamed.raw_bytes for streamed in self._streamed.values() if streamed.layout), default=0)
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that cross the link in one pass over all blocks."""
+        return sum(streamed.source.nbytes for streamed in self._streamed.values())
+
+    @property
     def host_bytes(self) -> int:
-        return self._store.host_bytes
+        return self._loader.store.host_bytes
 
     @property
     def page_locked_bytes(self) -> int:
-        return self._store.page_locked_bytes
+        return self._loader.store.page_locked_bytes
 
     # -- loading -------------------------------------------------------------------------------------------------
 
@@ -129,7 +139,7 @@ class Session:
                 previous is None
                 or old is None
                 or index in self._evicted
-                or previous.cuts[index] != plan.cuts[index]
+                or (previous.cuts[index], previous.is_packed) != (plan.cuts[index], plan.is_packed)
                 or old.blocks[index] != marks.blocks[index]
                 for index in range(len(self.parts.blocks))
             ]
@@ -137,66 +147,35 @@ class Session:
             for index, block in enumerate(self.parts.blocks):
                 if stale[index] and previous is not None:
                     block.to_device(torch.device("cpu"))
+            # Streamed weights first: packing them wants device memory that residents will have afterwards.
             for index, block in enumerate(self.parts.blocks):
                 if stale[index]:
-                    self._load_block(index, plan.cuts[index], marks.blocks[index], changed)
-                done += block.weight_bytes()
+                    self._streamed.pop(index, None)
+                    if plan.streamed[index]:
+                        self._streamed[index] = self._loader.stream(
+                            index, block, plan.cuts[index], marks.blocks[index], changed, plan.is_packed
+                        )
+                done += plan.streamed[index]
+                progress(done, total)
+            self._loader.finish()
+            for index, block in enumerate(self.parts.blocks):
+                if stale[index]:
+                    self._loader.keep(block, plan.cuts[index], changed)
+                done += block.offset_of(plan.cuts[index])
                 progress(done, total)
             if old is None or old.outside != marks.outside:
                 self.parts.outside.to_device(torch.device("cpu"))
-                self._load_resident(self.parts.outside, len(self.parts.outside.weights), changed)
+                self._loader.keep(self.parts.outside, len(self.parts.outside.weights), changed)
             progress(total, total)
         except BaseException:
             self.unload()
             raise
+        finally:
+            self._loader.finish()
         self.plan, self._marks = plan, marks
         self._evicted.clear()
         if previous is None or previous.cuts != plan.cuts:
             self.meter.forget_times()
-
-    def _load_block(self, index: int, cut: int, mark: Hashable, changed: Changed) -> None:
-        block = self.parts.blocks[index]
-        self._streamed.pop(index, None)
-        if cut < len(block.weights):
-            slab = self._slab(index, cut, mark, changed)
-            views = block.views(slab.stored, cut, len(block.weights), slab.base)
-            for weight, tensor in views:
-                if mark is None and not weight.dtype_changes and not self._keep_home(weight.home):
-                    weight.home = tensor
-            start = block.offset_of(cut) - slab.base
-            host_tensors = ready_to_put(views)
-            for weight, tensor in host_tensors:
-                weight.put(tensor)
-            self._streamed[index] = StreamedBlock(block, cut, slab.stored[start:], host_tensors)
-        self._load_resident(block, cut, changed)
-
-    def _slab(self, index: int, cut: int, mark: Hashable, changed: Changed) -> Slab:
-        """The slab of a block with every weight from `cut` on in it; one that holds more will do."""
-        block = self.parts.blocks[index]
-        base = block.offset_of(cut)
-        slab = self._store.get(index)
-        if slab is not None and slab.base <= base and self._slab_marks[index] == mark:
-            return slab
-        # The old slab's pages outlive it for as long as home tensors lie in them.
-        self._store.drop(index)
-        slab = self._store.build(index, base, block.weight_bytes() - base)
-        self._slab_marks[index] = mark
-        for weight in block.weights[cut:]:
-            _store_weight(weight, changed(weight), slab.stored[weight.offset - base :])
-            weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
-        return slab
-
-    def _load_resident(self, block: Block, cut: int, changed: Changed) -> None:
-        """Put the first `cut` weights of `block` on the device, in one piece of memory.
-
-        Only the module holds them, so that whoever puts other tensors in their place frees the memory.
-        """
-        if cut == 0:
-            return
-        memory = self.device.allocate(block.offset_of(cut))
-        for weight, tensor in block.views(memory, 0, cut, 0):
-            _store_weight(weight, changed(weight), memory[weight.offset :])
-            weight.put(tensor)
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -223,7 +202,7 @@ class Session:
 
     def _start_run(self) -> Pipeline:
         assert self.plan is not None
-        self._ring = Ring(self.device, self.plan.slots, self.plan.slot_bytes)
+        self._ring = Ring(self.device, self.plan.slots, self.slot_bytes, self._scratch_bytes)
         self._pipeline = Pipeline(
             self.device, self._streamed, self._ring, self._walk_for_plan(), self.plan.prefetch, self.meter
         )
@@ -298,8 +277,7 @@ class Session:
     def close(self) -> None:
         """Unload and unlock the host memory; home tensors that lie in a slab live on. Safe to call twice."""
         self.unload()
-        self._store.close()
-        self._slab_marks.clear()
+        self._loader.close()
 
     def check(self) -> None:
         """Prove that bytes, slots and tensors add up."""
@@ -308,16 +286,8 @@ class Session:
         if self.plan is None:
             return
         for index, streamed in self._streamed.items():
-            assert streamed.source.nbytes == self.plan.streamed[index], f"block {index} streams other than planned"
+            assert streamed.raw_bytes == self.plan.streamed[index], f"block {index} streams other than planned"
             if not self.is_running:
                 for weight, tensor in streamed.host_tensors:
                     assert weight.current() is tensor, f"{weight.keys[0]} does not hold its host tensor"
 
-
-def _store_weight(weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
-    source = weight.home if changed is None else changed
-    piece = stored[: weight.codec.stored_bytes]
-    if source.is_meta:
-        piece.zero_()  # the host leaves weights that its file lacks on `meta`; they count as zeros
-    else:
-        weight.codec.encode(source, piece)

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import numpy
 import torch
 
+from .packing import Packer
+
 POISON = 0xFF  # all bits set is NaN in bf16, fp16, fp32 and both fp8 formats
 
 
@@ -97,8 +99,9 @@ class SimulatedDevice:
     holds_activations = False
     torch_device = torch.device("cpu")
 
-    def __init__(self, budget_bytes: int, seed: int = 0) -> None:
+    def __init__(self, budget_bytes: int, seed: int = 0, packer: Packer | None = None) -> None:
         self.budget_bytes = budget_bytes
+        self.packer = packer
         self.used_bytes = 0
         self.copied_bytes = 0
         self.locked_bytes = 0

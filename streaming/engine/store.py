@@ -14,18 +14,20 @@ import weakref
 import torch
 
 from .device import Device
+from .packing import Layout
 
 logger = logging.getLogger("layerstream")
 
 
 class Slab:
-    """Page-locked bytes of one block, from byte `base` of its layout to the block's end.
+    """Page-locked bytes of one block, from byte `base` of its layout to the block's end; packed if it has a `layout`.
 
     Tensors that view a slab keep its memory alive after the slab is closed; it is ordinary memory then.
     """
 
-    def __init__(self, device: Device, base: int, size_bytes: int) -> None:
+    def __init__(self, device: Device, base: int, size_bytes: int, layout: Layout | None = None) -> None:
         self.base = base
+        self.layout = layout
         self.stored = _anonymous_pages(size_bytes)
         self.is_locked = device.page_lock(self.stored)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
@@ -73,10 +75,10 @@ class HostStore:
     def get(self, index: int) -> Slab | None:
         return self._slabs.get(index)
 
-    def build(self, index: int, base: int, size_bytes: int) -> Slab:
+    def build(self, index: int, base: int, size_bytes: int, layout: Layout | None = None) -> Slab:
         """Make the slab of block `index`; its old one, if any, must have been dropped."""
         assert index not in self._slabs
-        slab = Slab(self._device, base, size_bytes)
+        slab = Slab(self._device, base, size_bytes, layout)
         if not slab.is_locked and not self._warned:
             self._warned = True
             logger.warning(

@@ -26,7 +26,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..engine.block import Weight
 from ..engine.plan import BudgetTooSmall, Plan, make_plan
-from ..engine.session import Marks
+from ..engine.session import Marks, Progress
 from .devices import device_for, why_not
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .settings import GIB, Mode, StreamingSettings
@@ -109,12 +109,11 @@ class StreamingModelPatcher(ModelPatcher):
             plan = self._plan(allowed)
             fresh = plan is not session.plan or not stream.is_in_place
             self._load_rest(device_to)
-            session.load(
-                plan,
-                marks=self._marks(),
-                changed=self._changed_weight,
-                progress=comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress,
-            )
+            progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
+            self._load_plan(plan, progress)
+            if session.slot_bytes > plan.slot_bytes:
+                # Something did not pack as small as planned; a raw plan is exact.
+                self._load_plan(self._plan(allowed, may_pack=False), progress)
             stream.load_id = stream.load_id or uuid.uuid4()
             self._write_ledger()
             if fresh:
@@ -155,13 +154,24 @@ class StreamingModelPatcher(ModelPatcher):
         super().patch_model(load_weights=False)
         self.stream.open(is_dynamic)
 
-    def _plan(self, allowed_bytes: float) -> Plan:
+    def _load_plan(self, plan: Plan, progress: Progress) -> None:
+        self.stream.session.load(plan, marks=self._marks(), changed=self._changed_weight, progress=progress)
+
+    def _packs(self) -> bool:
+        """Whether weights shall cross the link packed.
+
+        Not under scheduled hooks: those change weights in place on the host, where the packed ones would not follow.
+        """
+        return self.stream.device.packer is not None and not self.hook_patches and self.stream.has_room_for_packed()
+
+    def _plan(self, allowed_bytes: float, may_pack: bool = True) -> Plan:
         """Make a plan for what may be used, or keep the present one where a new one would gain little."""
         stream, session, settings = self.stream, self.stream.session, self.settings
         held = self.loaded_size() if stream.is_in_place else 0
         budget = settings.budget_bytes(stream.device.free_bytes() + held, allowed_bytes, stream.reserve_bytes)
         stream.budget_bytes = budget
         everything = settings.mode is Mode.ALWAYS
+        is_packed = may_pack and self._packs()
 
         def plan_with(prefetch: int, budget_bytes: int | None, stream_all: bool = everything) -> Plan:
             return make_plan(
@@ -169,6 +179,7 @@ class StreamingModelPatcher(ModelPatcher):
                 budget_bytes=budget_bytes,
                 outside_bytes=session.outside_bytes,
                 prefetch=prefetch,
+                is_packed=is_packed,
                 stream_all=stream_all,
             )
 
@@ -180,7 +191,8 @@ class StreamingModelPatcher(ModelPatcher):
             plan = plan_with(1, None, stream_all=True)
             logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
         present = session.plan if stream.is_in_place else None
-        if present is None or present.prefetch != plan.prefetch or plan.is_resident:
+        alike = present is not None and (present.prefetch, present.is_packed) == (plan.prefetch, plan.is_packed)
+        if present is None or not alike or plan.is_resident:
             return plan
         gain = plan.resident_bytes - present.resident_bytes
         fits = present.device_bytes <= max(budget, plan.device_bytes)
@@ -276,10 +288,11 @@ class StreamingModelPatcher(ModelPatcher):
                 budget_bytes=int(session.plan.device_bytes - memory_to_free),
                 outside_bytes=session.outside_bytes,
                 prefetch=session.plan.prefetch,
+                is_packed=session.plan.is_packed,
             )
         except BudgetTooSmall:
             return
-        session.load(plan, marks=self._marks(), changed=self._changed_weight)
+        self._load_plan(plan, _no_progress)
         self._write_ledger()
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -320,9 +333,19 @@ class StreamingModelPatcher(ModelPatcher):
             return f"{name}: fits, {session.resident_bytes / GIB:.2f} GiB resident, nothing streams"
         return (
             f"{name}: {len(session.parts.blocks)} blocks, {session.resident_bytes / GIB:.2f} GiB resident, "
-            f"{plan.streamed_bytes / GIB:.2f} GiB streamed a step, ring {plan.ring_bytes / GIB:.2f} GiB, "
-            f"host {session.host_bytes / GIB:.2f} GiB"
+            f"{plan.streamed_bytes / GIB:.2f} GiB streamed a step {self._form()}, "
+            f"ring {plan.ring_bytes / GIB:.2f} GiB, host {session.host_bytes / GIB:.2f} GiB"
         )
+
+    def _form(self) -> str:
+        """How the weights travel, and why not packed."""
+        session = self.stream.session
+        assert session.plan is not None
+        if session.plan.is_packed:
+            return f"as {session.link_bytes / GIB:.2f} GiB packed"
+        if self.stream.device.packer is None:
+            return "raw (packing needs Triton)"
+        return "raw (scheduled hooks change weights)" if self.hook_patches else "raw (packing needs more free RAM)"
 
     def streaming_report(self) -> dict[str, Any]:
         """Figures of this model's streaming, ready for JSON, as `telemetry.report` has them."""

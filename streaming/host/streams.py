@@ -10,15 +10,21 @@ import uuid
 import weakref
 from dataclasses import dataclass
 
+import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..engine.block import take_apart
+from ..engine.codec import align
 from ..engine.device import Device
+from ..engine.plan import PACKED_SHARE
 from ..engine.session import Session
 from .families import Family, family_of
 
 ROOT = "diffusion_model"
+
+# RAM that packing leaves for everything else.
+SPARE_RAM_BYTES = 8 * 1024**3
 
 
 @dataclass(eq=False)
@@ -51,6 +57,21 @@ class ModelStream:
     def session(self) -> Session:
         assert self._session is not None, "the session opens with the first load"
         return self._session
+
+    def has_room_for_packed(self) -> bool:
+        """Whether RAM holds packed copies beside the original weights, which packing keeps.
+
+        Weights mapped from their file need none; what is in slabs already counts as free.
+        """
+        needed = sum(
+            align(weight.codec.stored_bytes)
+            for block in self.session.parts.blocks
+            for weight in block.weights
+            if not _is_mapped(weight.home)
+        )
+        if needed == 0:
+            return True
+        return psutil.virtual_memory().available + self.session.host_bytes > PACKED_SHARE * needed + SPARE_RAM_BYTES
 
     def open(self, is_dynamic: bool) -> None:
         """Make the session if there is none. The model must hold its own weights, unchanged, on the host.

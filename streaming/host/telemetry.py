@@ -20,6 +20,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "resident_bytes": session.resident_bytes,
         "outside_bytes": session.outside_bytes,
         "streamed_bytes_per_step": plan.streamed_bytes if plan else None,
+        "is_packed": plan.is_packed if plan else None,
         "moved_bytes_per_step": meter.last.moved_bytes if meter.passes else None,
         "ring_bytes": plan.ring_bytes if plan else None,
         "host_bytes": session.host_bytes,
@@ -33,12 +34,14 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "departures": meter.total.departures,
         "copy_ms": sum(times.copy_ms or 0.0 for times in meter.times.values()),
         "wait_ms": sum(times.wait_ms or 0.0 for times in meter.times.values()),
+        "restore_ms": sum(times.restore_ms or 0.0 for times in meter.times.values()),
         "compute_ms": sum(times.compute_ms or 0.0 for times in meter.times.values()),
         "times_ms": [
             {
                 "block": session.parts.blocks[index].name,
                 "copy": times.copy_ms,
                 "wait": times.wait_ms,
+                "restore": times.restore_ms,
                 "compute": times.compute_ms,
             }
             for index, times in sorted(meter.times.items())

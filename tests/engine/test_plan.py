@@ -20,12 +20,12 @@ def blocks_of(sizes: list[list[int]]) -> list[BlockSizes]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(models, st.integers(0, 2000 * MIB), st.integers(0, 50 * MIB), st.integers(1, 8), st.integers(0, MIB))
-def test_a_plan_is_within_budget_and_accounts_for_every_byte(sizes, budget, outside, prefetch, scratch):
+@given(models, st.integers(0, 2000 * MIB), st.integers(0, 50 * MIB), st.integers(1, 8), st.booleans())
+def test_a_plan_is_within_budget_and_accounts_for_every_byte(sizes, budget, outside, prefetch, is_packed):
     total = sum(map(sum, sizes))
     try:
         plan = make_plan(
-            blocks_of(sizes), budget_bytes=budget, outside_bytes=outside, prefetch=prefetch, scratch_bytes=scratch
+            blocks_of(sizes), budget_bytes=budget, outside_bytes=outside, prefetch=prefetch, is_packed=is_packed
         )
     except BudgetTooSmall:
         assert budget < outside + total
@@ -34,7 +34,7 @@ def test_a_plan_is_within_budget_and_accounts_for_every_byte(sizes, budget, outs
     assert plan.resident_bytes + plan.streamed_bytes == total
     for cut, streamed, block in zip(plan.cuts, plan.streamed, blocks_of(sizes), strict=True):
         assert streamed == sum(block.weight_bytes[cut:])
-        assert streamed <= plan.slot_bytes
+        assert streamed <= (plan.scratch_bytes if is_packed else plan.slot_bytes)
         assert all(size >= TINY_BYTES for size in block.weight_bytes[cut:])
     assert plan.slots == min(prefetch + 1, sum(size > 0 for size in plan.streamed))
 

@@ -12,6 +12,7 @@ import itertools
 import pytest
 import torch
 from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.plan import make_plan
 from layerstream.streaming.engine.session import Marks
 from layerstream.streaming.engine.simulated import SimulatedDevice
@@ -22,19 +23,24 @@ from walkers import ALL_STREAMED, attach, make_input, make_walker, one_pass, pla
 @pytest.mark.parametrize("prefetch", [1, 2, 4, 8])
 @pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5, 0.95])
 @pytest.mark.parametrize("inner", [(512,), (1024, 512, 640)], ids=["even", "uneven"])
-def test_every_pass_equals_the_resident_one(prefetch, kept, inner):
-    walker = make_walker(count=12, inner=inner)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_every_pass_equals_the_resident_one(prefetch, kept, inner, is_packed):
+    walker = make_walker(count=24, inner=inner)
     for seed, batch in itertools.product(range(5), (1, 2)):
         x = make_input(walker, batch)
         expected = walker(x)
-        device = SimulatedDevice(1 << 30, seed)
+        device = SimulatedDevice(1 << 30, seed, PlainPacker())
         session = attach(walker, device)
-        plan = plan_for(session, kept, prefetch)
+        plan = plan_for(session, kept, prefetch, is_packed)
         device.budget_bytes = plan.device_bytes  # the plan must need no byte more than it says
         session.load(plan)
         for _ in range(4):
             assert torch.equal(one_pass(session, walker, x), expected)
-        assert session.meter.last.moved_bytes == plan.streamed_bytes
+        # blocks that all have a slot are fetched once and stay
+        all_have_slots = sum(size > 0 for size in plan.streamed) <= plan.slots
+        assert session.meter.last.moved_bytes == (0 if all_have_slots else session.link_bytes)
+        share = session.link_bytes / plan.streamed_bytes
+        assert 0.6 < share < 0.75 if is_packed else share == 1
         assert session.meter.total.misses == session.meter.total.departures == 0
         session.close()
         assert torch.equal(walker(x), expected)
@@ -92,13 +98,12 @@ def test_departures_cost_copies_and_never_bits(orders, prefetch):
     walker = make_walker()
     x = make_input(walker)
     for seed in range(5):
-        session = attach(walker, SimulatedDevice(1 << 30, seed))
-        session.load(plan_for(session, 0.2, prefetch))
+        session = attach(walker, SimulatedDevice(1 << 30, seed, PlainPacker()))
         for order in orders:
             walker.order = order
             session.unload()
             expected = walker(x)
-            session.load(plan_for(session, 0.2, prefetch))
+            session.load(plan_for(session, 0.2, prefetch, is_packed=seed % 2 == 1))
             assert torch.equal(one_pass(session, walker, x), expected)
             assert torch.equal(one_pass(session, walker, x), expected)
         session.close()
@@ -109,14 +114,15 @@ class Stop(BaseException):
     """As ComfyUI's interrupt, it is no Exception, so hooks that only see exceptions miss it."""
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
 @pytest.mark.parametrize("error", [Stop, RuntimeError, torch.OutOfMemoryError])
-def test_a_pass_that_breaks_off_leaves_the_next_one_right(error):
+def test_a_pass_that_breaks_off_leaves_the_next_one_right(error, is_packed):
     walker = make_walker()
     x = make_input(walker)
     expected = walker(x)
-    device = SimulatedDevice(1 << 30, seed=3)
+    device = SimulatedDevice(1 << 30, 3, PlainPacker())
     session = attach(walker, device)
-    session.load(plan_for(session, 0.3))
+    session.load(plan_for(session, 0.3, is_packed=is_packed))
     one_pass(session, walker, x)
     used = device.used_bytes
 
@@ -178,6 +184,38 @@ def test_loading_the_same_plan_again_moves_and_locks_nothing():
     session.load(plan)
     assert {name: tensor.data_ptr() for name, tensor in walker.state_dict().items()} == tensors
     assert device.locked_bytes == locked
+
+
+def test_packed_weights_take_less_page_locked_memory_and_keep_their_homes():
+    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
+    session = attach(walker, device)
+    plan = plan_for(session, ALL_STREAMED, is_packed=True)
+    session.load(plan)
+    assert session.page_locked_bytes == session.link_bytes <= 0.75 * plan.streamed_bytes
+    for block in session.parts.blocks:
+        for weight in block.weights:
+            assert not weight.home.is_meta and weight.current().shape == weight.home.shape
+
+
+def test_what_cannot_be_packed_travels_raw():
+    walker = make_walker(dtype=torch.float32)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker()))
+    plan = plan_for(session, ALL_STREAMED, is_packed=True)
+    session.load(plan)
+    assert session.link_bytes == plan.streamed_bytes and session.slot_bytes > plan.slot_bytes
+    assert torch.equal(one_pass(session, walker, x), expected)
+
+
+def test_a_model_can_change_between_raw_and_packed():
+    walker = make_walker()
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker()))
+    for is_packed in (False, True, True, False):
+        session.load(plan_for(session, 0.4, is_packed=is_packed))
+        assert torch.equal(one_pass(session, walker, x), expected)
 
 
 def test_evicted_blocks_come_back_with_the_next_load():

@@ -61,14 +61,14 @@ def attach(walker: Walker, device: SimulatedDevice, keep_home=lambda tensor: Fal
     return Session(take_apart(walker, walker.units()), device, keep_home)
 
 
-def plan_for(session: Session, kept: float, prefetch: int = 2) -> Plan:
+def plan_for(session: Session, kept: float, prefetch: int = 2, is_packed: bool = False) -> Plan:
     """A plan whose budget is the least possible plus the share `kept` of what remains."""
-    sizes, outside = session.sizes(), session.outside_bytes
-    least = make_plan(sizes, budget_bytes=None, outside_bytes=outside, prefetch=prefetch, stream_all=True)
+    sizes, how = session.sizes(), {"prefetch": prefetch, "is_packed": is_packed, "outside_bytes": session.outside_bytes}
+    least = make_plan(sizes, budget_bytes=None, stream_all=True, **how)
     if kept == ALL_STREAMED:
         return least
     budget = least.device_bytes + int(kept * (session.total_bytes - least.device_bytes))
-    return make_plan(sizes, budget_bytes=budget, outside_bytes=outside, prefetch=prefetch)
+    return make_plan(sizes, budget_bytes=budget, **how)
 
 
 def one_pass(session: Session, walker: Walker, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from layerstream.streaming.engine.block import take_apart
 from layerstream.streaming.engine.plan import GIB, make_plan
 from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
-from layerstream.streaming.host.devices import SEED_VARIABLE, SIMULATE_VARIABLE
+from layerstream.streaming.host.devices import PACKED_VARIABLE, SEED_VARIABLE, SIMULATE_VARIABLE
 from layerstream.streaming.host.families import family_of
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import Mode, StreamingSettings
@@ -15,8 +15,9 @@ from layerstream.streaming.host.settings import Mode, StreamingSettings
 CARD_GIB = 8.0
 
 
-def on_simulated_card(monkeypatch, seed: int = 0, size_gib: float = CARD_GIB) -> None:
+def on_simulated_card(monkeypatch, seed: int = 0, size_gib: float = CARD_GIB, is_packed: bool = False) -> None:
     """Give the pack a card of its own that delays copies at random, by `seed`."""
+    monkeypatch.setenv(PACKED_VARIABLE, "1" if is_packed else "0")
     monkeypatch.setenv(SIMULATE_VARIABLE, str(size_gib))
     monkeypatch.setenv(SEED_VARIABLE, str(seed))
 
@@ -34,12 +35,21 @@ def stream(model, kept: float, prefetch: int = 1) -> StreamingModelPatcher:
 
 
 def budget_gib(model, kept: float, prefetch: int = 1) -> float:
+    """A budget for raw or packed streaming: packed blocks need no more of the card than raw ones but in small rings."""
     diffusion_model = model.model.diffusion_model
     session = Session(take_apart(diffusion_model, family_of(diffusion_model).units), SimulatedDevice(0), lambda _: True)
     sizes, outside_bytes = session.sizes(), session.outside_bytes
-    least = make_plan(
-        sizes, budget_bytes=None, outside_bytes=outside_bytes, prefetch=prefetch, stream_all=True
-    ).device_bytes
+    least = max(
+        make_plan(
+            sizes,
+            budget_bytes=None,
+            outside_bytes=outside_bytes,
+            prefetch=prefetch,
+            is_packed=is_packed,
+            stream_all=True,
+        ).device_bytes
+        for is_packed in (False, True)
+    )
     return (least + kept * (session.total_bytes - least)) / GIB
 
 
