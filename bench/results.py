@@ -74,6 +74,7 @@ def make_result(spec: StepSpec, machine: Mapping[str, Any], **entries: Any) -> d
         "batch": spec.batch,
         "cfg": spec.cfg,
         "steps": spec.steps,
+        "runs": spec.runs,
         "synchronize": spec.synchronize,
         "layerstream": {
             "mode": spec.layerstream_mode,

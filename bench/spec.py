@@ -59,6 +59,7 @@ class StepSpec:
     batch: int = 1
     cfg: float = 1.0
     steps: int = 6
+    runs: int = 2
     seed: int = 0
     synchronize: str = "stream"
     layerstream_mode: str = "auto"
@@ -73,6 +74,8 @@ class StepSpec:
             raise ValueError(
                 f"{self.steps} steps leave none to time after {WARMUP_STEPS} to warm up: use {WARMUP_STEPS + 1} or more"
             )
+        if self.runs < 1:
+            raise ValueError(f"runs is {self.runs}: at least one is needed")
         if self.resolution % 16:
             raise ValueError(f"resolution {self.resolution} is not a multiple of 16: the model's patches need it")
         if self.free_gib <= 0:

@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=1)
     add("--cfg", type=float, default=1.0, help="above 1 the model runs for a negative prompt too")
     add("--steps", type=int, default=6, help="the first two are not timed")
+    add("--runs", type=int, default=2, help="prompts in a row; all but the first step are timed in the last")
     add("--contenders", help=f"comma-separated, of: {', '.join(CONTENDERS)}")
     add("--host", help="a ComfyUI folder or version; the newest that is found otherwise")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu shows that all runs, its times mean nothing")
@@ -94,6 +95,7 @@ def make_spec(arguments: argparse.Namespace) -> StepSpec:
         batch=arguments.batch,
         cfg=arguments.cfg,
         steps=arguments.steps,
+        runs=arguments.runs,
         synchronize=arguments.synchronize,
         layerstream_mode=arguments.layerstream_mode,
         layerstream_dynamic=arguments.layerstream_dynamic == "on",

@@ -32,13 +32,13 @@ def run(name: str, spec: StepSpec, latent_path: Path) -> dict:
     import torch
     from safetensors.torch import save_file
 
-    from bench.sampling import sample
+    from bench.sampling import sample_runs
 
     ram_available_gib = psutil.virtual_memory().available / GIB
     # The host executes every node, loaders too, under inference mode.
     with torch.inference_mode():
         prepared = contender.prepare(spec)
-        sampled = sample(prepared.model, spec)
+        sampled = sample_runs(prepared.model, spec)
         residency = prepared.residency(sampled.calls_per_step)
     latent = sampled.latent.clone()
     save_file({"latent": latent}, latent_path)
@@ -51,6 +51,7 @@ def run(name: str, spec: StepSpec, latent_path: Path) -> dict:
         "step_s_min": min(timed_s),
         "step_s_max": max(timed_s),
         "first_step_s": sampled.first_step_s,
+        "next_first_step_s": sampled.next_first_step_s,
         "steps_s": sampled.steps_s,
         "calls_per_step": sampled.calls_per_step,
         "resident_gib": residency.resident_bytes / GIB,

@@ -43,12 +43,21 @@ class BlockTimes:
     visits: int = 0
 
     def add(self, visit: Visit) -> None:
-        """Take the times of a visit whose events are all reached."""
+        """Take the times of a visit whose events are all reached.
+
+        The first visit is left out: it holds what happens once only, such as compiling a kernel.
+        """
+        self.visits += 1
+        if self.visits == 1:
+            return
         self.copy_ms = _smooth(self.copy_ms, visit.fetching.elapsed_time(visit.ready))
         self.wait_ms = _smooth(self.wait_ms, visit.asked.elapsed_time(visit.running))
         self.restore_ms = _smooth(self.restore_ms, visit.running.elapsed_time(visit.restored))
         self.compute_ms = _smooth(self.compute_ms, visit.restored.elapsed_time(visit.done))
-        self.visits += 1
+
+    @property
+    def is_measured(self) -> bool:
+        return self.compute_ms is not None
 
 
 def _smooth(running: float | None, newest: float) -> float:
@@ -106,6 +115,18 @@ class Meter:
         else:
             self.broken_passes += 1
         self.current = PassCounts()
+
+    def link_share(self) -> float | None:
+        """Time the link is busy against the time the blocks take, near 1 where the link is what limits a pass.
+
+        None until every block that streams was measured.
+        """
+        times = self.times.values()
+        if not times or not all(block.is_measured for block in times):
+            return None
+        busy_ms = sum(block.copy_ms or 0.0 for block in times)
+        taken_ms = sum(part or 0.0 for block in times for part in (block.wait_ms, block.restore_ms, block.compute_ms))
+        return busy_ms / taken_ms if taken_ms else None
 
     def forget_times(self) -> None:
         """Drop times and events: the plan they belong to is gone."""

@@ -60,10 +60,15 @@ class Session:
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     def sizes(self) -> list[BlockSizes]:
-        """What the planner needs to know, in the order the blocks are known to run."""
+        """What the planner needs to know, with the blocks' compute times as far as they were measured."""
+        times = self.meter.times
         return [
-            BlockSizes(block.name, tuple(weight.end - weight.offset for weight in block.weights))
-            for block in self.parts.blocks
+            BlockSizes(
+                block.name,
+                tuple(weight.end - weight.offset for weight in block.weights),
+                (times[index].compute_ms or 0.0) if index in times else 0.0,
+            )
+            for index, block in enumerate(self.parts.blocks)
         ]
 
     @property

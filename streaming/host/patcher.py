@@ -158,11 +158,13 @@ class StreamingModelPatcher(ModelPatcher):
         self.stream.session.load(plan, marks=self._marks(), changed=self._changed_weight, progress=progress)
 
     def _packs(self) -> bool:
-        """Whether weights shall cross the link packed.
+        """Whether weights shall cross the link packed: only where the link held up an earlier run.
 
         Not under scheduled hooks: those change weights in place on the host, where the packed ones would not follow.
         """
-        return self.stream.device.packer is not None and not self.hook_patches and self.stream.has_room_for_packed()
+        stream = self.stream
+        can_pack = stream.device.packer is not None and not self.hook_patches
+        return can_pack and stream.is_link_bound and stream.has_room_for_packed()
 
     def _plan(self, allowed_bytes: float, may_pack: bool = True) -> Plan:
         """Make a plan for what may be used, or keep the present one where a new one would gain little."""
@@ -310,6 +312,8 @@ class StreamingModelPatcher(ModelPatcher):
         """End a run: the ring goes, residents stay."""
         super().cleanup()
         if self.stream.is_open and not self._is_running:
+            if self.stream.session.is_in_run:
+                self.stream.judge_link()
             self.stream.session.end_run()
 
     @property
@@ -345,6 +349,8 @@ class StreamingModelPatcher(ModelPatcher):
             return f"as {session.link_bytes / GIB:.2f} GiB packed"
         if self.stream.device.packer is None:
             return "raw (packing needs Triton)"
+        if not self.stream.is_link_bound:
+            return "raw"
         return "raw (scheduled hooks change weights)" if self.hook_patches else "raw (packing needs more free RAM)"
 
     def streaming_report(self) -> dict[str, Any]:

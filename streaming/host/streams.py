@@ -23,6 +23,10 @@ from .families import Family, family_of
 
 ROOT = "diffusion_model"
 
+# Shares of a pass in which the link is busy: above the first a raw model packs, below the second, as raw, it unpacks.
+LINK_BOUND_SHARE = 0.87
+RAW_IS_ENOUGH_SHARE = 0.75
+
 # RAM that packing leaves for everything else.
 SPARE_RAM_BYTES = 8 * 1024**3
 
@@ -42,6 +46,7 @@ class ModelStream:
     is_guided: bool = False
     reserve_bytes: int = 0
     budget_bytes: int = 0
+    is_link_bound: bool = False
     _session: Session | None = None
 
     @property
@@ -57,6 +62,23 @@ class ModelStream:
     def session(self) -> Session:
         assert self._session is not None, "the session opens with the first load"
         return self._session
+
+    def judge_link(self) -> None:
+        """After a run, decide whether the link was what limited it, so that packing would pay.
+
+        Packing costs time on the card, a few hundredths of a step, so it is for models that wait for the link. Between
+        the two bounds nothing changes: a model must not go back and forth.
+        """
+        if not self.device.holds_activations:
+            return  # a simulated card has no link whose time means anything
+        share = self.session.meter.link_share()
+        plan = self.session.plan
+        if share is None or plan is None:
+            return
+        if not plan.is_packed:
+            self.is_link_bound = share > LINK_BOUND_SHARE
+        elif share * plan.streamed_bytes < RAW_IS_ENOUGH_SHARE * self.session.link_bytes:
+            self.is_link_bound = False
 
     def has_room_for_packed(self) -> bool:
         """Whether RAM holds packed copies beside the original weights, which packing keeps.
@@ -108,7 +130,7 @@ def stream_for(patcher: ModelPatcher, device: Device) -> ModelStream | None:
     family = family_of(diffusion_model)
     if not family.units:
         return None
-    stream = ModelStream(model, device, family)
+    stream = ModelStream(model, device, family, is_link_bound=not device.holds_activations)
     _streams[id(model)] = stream
     return stream
 
