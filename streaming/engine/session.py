@@ -59,9 +59,9 @@ class Session:
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
-    def sizes(self) -> list[BlockSizes]:
-        """What the planner needs to know, with the blocks' compute times as far as they were measured."""
-        times = self.meter.times
+    def sizes(self, is_timed: bool = False) -> list[BlockSizes]:
+        """What the planner needs to know, with the blocks' compute times as far as they were measured and asked for."""
+        times = self.meter.times if is_timed else {}
         return [
             BlockSizes(
                 block.name,

@@ -40,6 +40,9 @@ Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # the s
 # A plan that still fits is kept unless a new one would keep this much more of the model on the card.
 WORTH_A_NEW_PLAN = 0.02
 
+# What free memory may fall by between runs, as a share of the model, before a plan that worked is given up.
+STEADY_SHARE = 0.03
+
 
 class NothingToStream(ValueError):
     """There is no device to stream to, or the model has no blocks that the engine can find."""
@@ -176,14 +179,20 @@ class StreamingModelPatcher(ModelPatcher):
         is_packed = may_pack and self._packs()
 
         def plan_with(prefetch: int, budget_bytes: int | None, stream_all: bool = everything) -> Plan:
-            return make_plan(
-                session.sizes(),
-                budget_bytes=budget_bytes,
-                outside_bytes=session.outside_bytes,
-                prefetch=prefetch,
-                is_packed=is_packed,
-                stream_all=stream_all,
+            # Spread by compute time, bytes fit the gaps better, but blocks that compute little take residency that
+            # others would use better. Where the link is the limit, what streams less wins.
+            plans = (
+                make_plan(
+                    session.sizes(is_timed),
+                    budget_bytes=budget_bytes,
+                    outside_bytes=session.outside_bytes,
+                    prefetch=prefetch,
+                    is_packed=is_packed,
+                    stream_all=stream_all,
+                )
+                for is_timed in (stream.is_link_bound, False)
             )
+            return min(plans, key=lambda plan: plan.streamed_bytes)
 
         try:
             plan = plan_with(settings.prefetch_blocks, budget)
@@ -194,11 +203,17 @@ class StreamingModelPatcher(ModelPatcher):
             logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
         present = session.plan if stream.is_in_place else None
         alike = present is not None and (present.prefetch, present.is_packed) == (plan.prefetch, plan.is_packed)
-        if present is None or not alike or plan.is_resident:
+        if present is None or present == plan:
+            return present or plan
+        if not alike or plan.is_resident or everything:
             return plan
         gain = plan.resident_bytes - present.resident_bytes
-        fits = present.device_bytes <= max(budget, plan.device_bytes)
-        return present if fits and 0 <= gain < WORTH_A_NEW_PLAN * session.total_bytes else plan
+        # Free memory reads a little lower after a first run, which loads kernels and libraries; that is no reason.
+        is_exact = settings.is_explicit or not stream.device.holds_activations
+        slack = 0 if is_exact else STEADY_SHARE * session.total_bytes
+        fits = present.device_bytes <= max(budget + slack, plan.device_bytes)
+        is_steady = -slack <= gain < WORTH_A_NEW_PLAN * session.total_bytes
+        return present if fits and is_steady else plan
 
     def _marks(self) -> Marks:
         """Blocks with patches are out of date whenever the patches change."""
@@ -347,10 +362,10 @@ class StreamingModelPatcher(ModelPatcher):
         assert session.plan is not None
         if session.plan.is_packed:
             return f"as {session.link_bytes / GIB:.2f} GiB packed"
-        if self.stream.device.packer is None:
-            return "raw (packing needs Triton)"
         if not self.stream.is_link_bound:
             return "raw"
+        if self.stream.device.packer is None:
+            return "raw (packing needs Triton)"
         return "raw (scheduled hooks change weights)" if self.hook_patches else "raw (packing needs more free RAM)"
 
     def streaming_report(self) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""Budgets: what a setting allows, and plans that hold still when free memory wavers."""
+
+from __future__ import annotations
+
+import comfy.sampler_helpers
+import pytest
+import torch
+from layerstream.streaming.host.patcher import StreamingModelPatcher
+from layerstream.streaming.host.settings import GIB, MIB, Mode, StreamingSettings
+
+from streamed import on_simulated_card, stream
+
+
+@pytest.mark.parametrize(
+    ("vram_gib", "free", "allowed", "reserve", "expected"),
+    [
+        (0.0, 10 * GIB, 9 * GIB, 0, 9 * GIB),
+        (0.0, 10 * GIB, 9 * GIB, 3 * GIB, 7 * GIB),
+        (0.0, 10 * GIB, float("inf"), 0, 10 * GIB - 512 * MIB),
+        (4.0, 10 * GIB, 1 * GIB, 0, 4 * GIB),
+        (12.0, 10 * GIB, 9 * GIB, 0, 10 * GIB - 512 * MIB),
+        (-3.0, 10 * GIB, 1 * GIB, 0, 7 * GIB),
+        (-0.1, 10 * GIB, 1 * GIB, 0, 10 * GIB - 512 * MIB),
+    ],
+)
+def test_the_budget_of_a_setting(vram_gib, free, allowed, reserve, expected):
+    settings = StreamingSettings(Mode.AUTO, vram_gib=vram_gib)
+    assert settings.budget_bytes(free, allowed, reserve) == expected
+
+
+def test_a_plan_stays_when_free_memory_wavers(monkeypatch, load, sample):
+    on_simulated_card(monkeypatch)
+    model = load("flux", size="tiny")
+    expected = sample(model)
+    streamed = StreamingModelPatcher.from_patcher(model, StreamingSettings(Mode.AUTO, min_free_mib=0))
+    device = streamed.stream.device
+    monkeypatch.setattr(device, "holds_activations", True, raising=False)
+    monkeypatch.setattr(streamed.stream, "is_link_bound", False)
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (0, 0))
+    limit = streamed.model_size() * 0.8
+    monkeypatch.setattr(device, "free_bytes", lambda: int(limit) - device.used_bytes)
+    assert torch.equal(sample(streamed), expected)
+    plan = streamed.stream.session.plan
+    assert not plan.is_resident
+    limit -= 0.02 * streamed.model_size()
+    assert torch.equal(sample(streamed), expected)
+    assert streamed.stream.session.plan is plan
+    limit -= 0.2 * streamed.model_size()
+    assert torch.equal(sample(streamed), expected)
+    assert streamed.stream.session.plan.device_bytes < plan.device_bytes
+
+
+def test_a_smaller_budget_of_ones_own_is_obeyed_at_once(monkeypatch, load, sample):
+    on_simulated_card(monkeypatch)
+    model = load("flux", size="tiny")
+    expected = sample(model)
+    large, small = stream(model, 0.9), stream(model, 0.1)
+    assert torch.equal(sample(large), expected)
+    more = large.loaded_size()
+    assert torch.equal(sample(small), expected)
+    assert small.loaded_size() < more
+    assert small.stream.session.plan.device_bytes <= small.streaming_report()["budget_bytes"]
