@@ -172,7 +172,7 @@ def encode_kernel(
     middle = tl.zeros([COLUMNS], tl.int32)
     high = tl.zeros([COLUMNS], tl.int32)
     count = tl.zeros([COLUMNS], tl.int32)
-    for place in tl.static_range(ROWS * QUAD):
+    for place in range(ROWS * QUAD):  # unrolled, it would take seconds to compile and gain nothing
         index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
         inside = index < elements
         pattern = tl.load(bits + index, mask=inside, other=0).to(tl.int32)
@@ -191,7 +191,7 @@ def encode_kernel(
     tl.store(words + COLUMNS, middle)
     tl.store(words + 2 * COLUMNS, high)
     rank = tl.cumsum(count, 0) - count + escape
-    for place in tl.static_range(ROWS * QUAD):
+    for place in range(ROWS * QUAD):
         index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
         is_escape = ((low & middle & high) >> (8 * (place % QUAD) + place // QUAD)) & 1
         exponent = (tl.load(bits + index, mask=is_escape != 0, other=0).to(tl.int32) >> 7) & 0xFF

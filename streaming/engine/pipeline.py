@@ -38,6 +38,10 @@ class Pipeline:
         self._meter = meter
         # Copies get a stream of their own, so that they run beside compute instead of between its kernels.
         self._copies = device.copy_stream()
+        # A fresh ring may lie where compute still reads what was there before: torch orders its own stream only.
+        begun = device.event()
+        begun.record(device.compute_stream())
+        self._copies.wait_event(begun)
         self._views: dict[tuple[int, int], list[tuple[Weight, torch.Tensor]]] = {}
         # Blocks whose forward runs, with their visit; a restored one has left its slot.
         self._bound: dict[int, tuple[Visit, Slot | None]] = {}

@@ -119,6 +119,8 @@ class SimulatedDevice:
         memory = numpy.full(size_bytes, POISON, dtype=numpy.uint8)
         self.used_bytes += size_bytes
         self._peak_bytes = max(self._peak_bytes, self.used_bytes)
+        # Whoever had this memory before may still be reading it on the compute stream, as on a real device.
+        self._read_until[memory.ctypes.data] = self._compute.done
         weakref.finalize(memory, self._give_back, memory.ctypes.data, size_bytes)
         with torch.inference_mode(False):
             return torch.from_numpy(memory)

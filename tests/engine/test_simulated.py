@@ -48,6 +48,18 @@ def test_a_copy_that_does_not_wait_for_the_last_reader_is_an_error(monkeypatch):
         streamed_output(seed=0)
 
 
+def test_a_copy_into_fresh_memory_must_wait_for_whoever_had_it():
+    device = SimulatedDevice(1000)
+    device.event().record(device.compute_stream())
+    copies, memory = device.copy_stream(), device.allocate(100)
+    with pytest.raises(OrderingError):
+        device.copy(memory, torch.zeros(100, dtype=torch.uint8), copies)
+    begun = device.event()
+    begun.record(device.compute_stream())
+    copies.wait_event(begun)
+    device.copy(memory, torch.zeros(100, dtype=torch.uint8), copies)
+
+
 def test_the_budget_is_enforced_and_freed_memory_counts_again():
     device = SimulatedDevice(1000)
     memory = device.allocate(600)
