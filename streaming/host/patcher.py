@@ -1,6 +1,7 @@
 """StreamingModelPatcher: a ModelPatcher whose model streams.
 
-In: a MODEL and settings. Out: a MODEL that ComfyUI's memory manager loads, unloads and clones like any other.
+In: a MODEL and settings. Out: a MODEL that ComfyUI's memory manager loads, unloads and clones like any other. The file
+is long because it is one contract: nearly every method answers one that ComfyUI calls.
 
 The ledger. A model has several patchers (clones, an unstreamed branch of the graph), and any of them may be loaded
 after this one without our being told. So everything done to the model is written down where ComfyUI itself looks
