@@ -77,10 +77,6 @@ class Plan:
     def is_resident(self) -> bool:
         return self.streamed_bytes == 0
 
-    @property
-    def is_minimal(self) -> bool:
-        """True where nothing more could be streamed."""
-        return self.resident_bytes == 0 or all(cut == 0 for cut in self.cuts)
 
 
 class _Levels:

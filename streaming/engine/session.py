@@ -268,9 +268,7 @@ class Session:
         self.end_run()
         for block in (*self.parts.blocks, self.parts.outside):
             block.to_device(torch.device("cpu"))
-        self._streamed.clear()
-        self._evicted.clear()
-        self.plan = self._marks = None
+        self.forget()
 
     def forget(self) -> None:
         """Take note that someone else has put other tensors into the module: nothing of ours is loaded any more."""

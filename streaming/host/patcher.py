@@ -116,8 +116,9 @@ class StreamingModelPatcher(ModelPatcher):
             progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
             self._load_plan(plan, progress)
             if session.slot_bytes > plan.slot_bytes:
-                # Something did not pack as small as planned; a raw plan is exact.
-                self._load_plan(self._plan(allowed, may_pack=False), progress)
+                # Something did not pack as small as planned; a raw plan is exact, now and in later loads.
+                stream.packs_well = False
+                self._load_plan(self._plan(allowed), progress)
             stream.load_id = stream.load_id or uuid.uuid4()
             self._write_ledger()
             if fresh:
@@ -167,17 +168,17 @@ class StreamingModelPatcher(ModelPatcher):
         Not under scheduled hooks: those change weights in place on the host, where the packed ones would not follow.
         """
         stream = self.stream
-        can_pack = stream.device.packer is not None and not self.hook_patches
+        can_pack = stream.device.packer is not None and stream.packs_well and not self.hook_patches
         return can_pack and stream.is_link_bound and stream.has_room_for_packed()
 
-    def _plan(self, allowed_bytes: float, may_pack: bool = True) -> Plan:
+    def _plan(self, allowed_bytes: float) -> Plan:
         """Make a plan for what may be used, or keep the present one where a new one would gain little."""
         stream, session, settings = self.stream, self.stream.session, self.settings
         held = self.loaded_size() if stream.is_in_place else 0
         budget = settings.budget_bytes(stream.device.free_bytes() + held, allowed_bytes, stream.reserve_bytes)
         stream.budget_bytes = budget
         everything = settings.mode is Mode.ALWAYS
-        is_packed = may_pack and self._packs()
+        is_packed = self._packs()
 
         def plan_with(prefetch: int, budget_bytes: int | None, stream_all: bool = everything) -> Plan:
             # Spread by compute time, bytes fit the gaps better, but blocks that compute little take residency that
@@ -191,7 +192,7 @@ class StreamingModelPatcher(ModelPatcher):
                     is_packed=is_packed,
                     stream_all=stream_all,
                 )
-                for is_timed in (stream.is_link_bound, False)
+                for is_timed in ((True, False) if stream.is_link_bound else (False,))
             )
             return min(plans, key=lambda plan: plan.streamed_bytes)
 
@@ -203,9 +204,9 @@ class StreamingModelPatcher(ModelPatcher):
             plan = plan_with(1, None, stream_all=True)
             logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
         present = session.plan if stream.is_in_place else None
-        alike = present is not None and (present.prefetch, present.is_packed) == (plan.prefetch, plan.is_packed)
         if present is None or present == plan:
             return present or plan
+        alike = (present.prefetch, present.is_packed) == (plan.prefetch, plan.is_packed)
         if not alike or plan.is_resident or everything:
             return plan
         gain = plan.resident_bytes - present.resident_bytes
@@ -367,6 +368,8 @@ class StreamingModelPatcher(ModelPatcher):
             return "raw"
         if self.stream.device.packer is None:
             return "raw (packing needs Triton)"
+        if not self.stream.packs_well:
+            return "raw (these weights do not pack well)"
         return "raw (scheduled hooks change weights)" if self.hook_patches else "raw (packing needs more free RAM)"
 
     def streaming_report(self) -> dict[str, Any]:

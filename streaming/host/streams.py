@@ -47,6 +47,7 @@ class ModelStream:
     reserve_bytes: int = 0
     budget_bytes: int = 0
     is_link_bound: bool = False
+    packs_well: bool = True
     _session: Session | None = None
 
     @property

@@ -60,3 +60,18 @@ def test_a_smaller_budget_of_ones_own_is_obeyed_at_once(monkeypatch, load, sampl
     assert torch.equal(sample(small), expected)
     assert small.loaded_size() < more
     assert small.stream.session.plan.device_bytes <= small.streaming_report()["budget_bytes"]
+
+
+def test_weights_that_do_not_pack_are_tried_once_and_travel_raw(monkeypatch, load, sample):
+    on_simulated_card(monkeypatch, is_packed=True)
+    model = load("flux", size="tiny")
+    for parameter in model.model.diffusion_model.parameters():
+        if parameter.ndim == 2:  # exponents all over the range
+            parameter.data.mul_(torch.exp(torch.randn(parameter.shape) * 8).to(parameter.dtype))
+    streamed = stream(model, 0.0)
+    sample(streamed)
+    assert not streamed.stream.packs_well and not streamed.stream.session.plan.is_packed
+    plan = streamed.stream.session.plan
+    monkeypatch.setattr(streamed.stream.device.packer, "encode", lambda *_: pytest.fail("packed again"))
+    sample(streamed)
+    assert streamed.stream.session.plan is plan
