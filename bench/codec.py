@@ -19,19 +19,23 @@ from scripts.pack import load_pack
 
 load_pack()
 
-from layerstream.streaming.engine.packing import Layout, pack, read_layout, unpack, worst_bytes  # noqa: E402
+from layerstream.streaming.engine.packing import PACKABLE, Layout, pack, read_layout, unpack, worst_bytes  # noqa: E402
 
 ROWS, WIDTH = 61440, 3840  # as many weights as six feed-forward matrices of Z-Image: launching must not count
 
 
-def weights(device: str) -> dict[str, torch.Tensor]:
-    """bf16 matrices [ROWS, WIDTH] of the kinds that trained weights come in."""
+def weights(device: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Matrices [ROWS, WIDTH] of the kinds that trained weights come in, in each dtype that is packed, one at a time."""
     torch.manual_seed(0)
     shape = (ROWS, WIDTH)
-    normal = torch.randn(shape, device=device)
-    heavy = torch.distributions.StudentT(torch.tensor(5.0, device=device)).sample(shape)
-    uneven = torch.randn(shape, device=device) * torch.randn(ROWS, 1, device=device).exp()
-    return {name: (w * 0.02).bfloat16() for name, w in (("normal", normal), ("heavy", heavy), ("uneven", uneven))}
+    kinds = {
+        "normal": lambda: torch.randn(shape, device=device),
+        "heavy": lambda: torch.distributions.StudentT(torch.tensor(5.0, device=device)).sample(shape),
+        "uneven": lambda: torch.randn(shape, device=device) * torch.randn(ROWS, 1, device=device).exp(),
+    }
+    for dtype in PACKABLE:
+        for name, make in kinds.items():
+            yield f"{str(dtype).removeprefix('torch.')} {name}", (make() * 0.02).to(dtype)
 
 
 def seconds(work: Callable[[], object], repeats: int = 20) -> list[float]:
@@ -65,11 +69,12 @@ def main() -> None:
     memory_tb_s = (1 << 30) / copy_s / 1e12
     print(f"{torch.cuda.get_device_name()}: device copies move {memory_tb_s:.2f} TB/s, reads and writes counted")
     rows = {}
-    for name, weight in weights("cuda").items():
+    for name, weight in weights("cuda"):
         packed = pack(weight)
         layout = read_layout(packed)
-        room = torch.empty(worst_bytes(weight.numel()), dtype=torch.uint8, device="cuda")
-        assert encode(weight.view(torch.uint8), room) == layout and torch.equal(room[: packed.numel()], packed)
+        room = torch.empty(worst_bytes(weight.numel(), weight.dtype), dtype=torch.uint8, device="cuda")
+        assert encode(weight.view(torch.uint8), room, weight.dtype) == layout
+        assert torch.equal(room[: packed.numel()], packed)
         # Several outputs in turn, so that none of it stays in the cache.
         outputs = [torch.full((weight.nbytes,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
         for out in outputs:
@@ -78,7 +83,8 @@ def main() -> None:
         assert equal and torch.equal(unpack(packed).view(torch.int16), weight.view(torch.int16).reshape(-1))
         turns = itertools.cycle(outputs)
         times = seconds(functools.partial(decode_next, packed, layout, turns))
-        encode_s = statistics.median(seconds(functools.partial(encode, weight.view(torch.uint8), room), repeats=5))
+        encode_it = functools.partial(encode, weight.view(torch.uint8), room, weight.dtype)
+        encode_s = statistics.median(seconds(encode_it, repeats=5))
         moved = packed.numel() + weight.nbytes
         rows[name] = {
             "ratio": packed.numel() / weight.nbytes,

@@ -1,7 +1,8 @@
 """The fast coder of packed weights, as Triton kernels. The format and its plain twin are in `packing`.
 
-In: bf16 bits or packed bytes on a CUDA device. Out: packed bytes, or bf16 bits in memory the caller gives. One program
-works on one chunk.
+In: bit patterns or packed bytes on a CUDA device. Out: packed bytes, or bit patterns in memory the caller gives. One
+program works on one chunk. LOW_BITS, a format's mantissa bits outside the fraction byte, is 0 for bf16, which has no
+instruction for them then, and 3 for fp16.
 
 Decoding is bound by integer arithmetic, not by memory, so it works on the four elements of a quad at once, a byte each.
 """
@@ -17,6 +18,7 @@ from .packing import (
     CHUNK_ENTRY_BYTES,
     COLUMNS,
     ESCAPE,
+    FORMATS,
     HEADER_BYTES,
     QUAD,
     ROWS,
@@ -61,31 +63,56 @@ def _two(word, LOW: tl.constexpr):
 
 
 @triton.jit
-def _join(fraction, exponent):
-    """Two bf16 patterns in a uint32 from two fractions and two exponents, each in the low byte of its half."""
-    return ((fraction & 0x00800080) << 8) | (exponent << 7) | (fraction & 0x007F007F)
+def _join(fraction, rest, LOW_BITS: tl.constexpr):
+    """Two patterns in a uint32, each from a fraction and a `rest` (exponent, low bits) in the low byte of its half."""
+    if LOW_BITS == 0:
+        return ((fraction & 0x00800080) << 8) | (rest << 7) | (fraction & 0x007F007F)
+    else:
+        return (
+            ((fraction & 0x00800080) << 8)
+            | ((rest & 0x00F800F8) << 7)
+            | ((fraction & 0x007F007F) << 3)
+            | (rest & 0x00070007)
+        )
+
+
+@triton.jit
+def _plane(planes, number: tl.constexpr, column):
+    """The words of one plane: uint32 [COLUMNS]."""
+    return tl.load(planes + number * column.shape[0] + column).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _values(low, middle, high, row: tl.constexpr):
+    """The 3-bit values of a row's quads, a byte each."""
+    value = (low >> row) & 0x01010101
+    value |= ((middle >> row) & 0x01010101) << 1
+    value |= ((high >> row) & 0x01010101) << 2
+    return value
 
 
 @triton.jit
 def decode_kernel(
     table,  # int32 [chunks, 2]: first escape; lowest exponent in the low byte
     fractions,  # uint32 [quads]
-    codes,  # uint32 [chunks, 3, COLUMNS]
+    planes,  # uint32 [chunks, 3 + LOW_BITS, COLUMNS]
     escape_list,  # uint8 [escapes]
     out,  # int64 [quads]
     quads,
     escapes,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LOW_BITS: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     escape = tl.load(table + chunk * 2)
     lowest = (tl.load(table + chunk * 2 + 1) & 0xFF).to(tl.uint32) * 0x01010101
-    words = codes + chunk * 3 * COLUMNS + column
-    low = tl.load(words).to(tl.uint32, bitcast=True)
-    middle = tl.load(words + COLUMNS).to(tl.uint32, bitcast=True)
-    high = tl.load(words + 2 * COLUMNS).to(tl.uint32, bitcast=True)
+    planes += chunk * (3 + LOW_BITS) * COLUMNS
+    low, middle, high = _plane(planes, 0, column), _plane(planes, 1, column), _plane(planes, 2, column)
+    if LOW_BITS != 0:
+        low_rest, middle_rest = _plane(planes, 3, column), _plane(planes, 4, column)
+        high_rest = _plane(planes, 5, column)
     is_escape = low & middle & high
     count = _count_bits(is_escape)
     rank = tl.cumsum(count, 0) - count + escape
@@ -99,9 +126,7 @@ def decode_kernel(
         fraction = tl.load(fractions + index, mask=inside, other=0).to(tl.uint32, bitcast=True)
         flags = (is_escape >> row) & 0x01010101
         mask = (flags << 8) - flags
-        code = (low >> row) & 0x01010101
-        code |= ((middle >> row) & 0x01010101) << 1
-        code |= ((high >> row) & 0x01010101) << 2
+        code = _values(low, middle, high, row)
         here = (flags * 0x01010101) >> 24
         if overflows:
             held = _next_escapes(escape_list, rank, here.to(tl.int32), escapes, 4)
@@ -117,11 +142,19 @@ def decode_kernel(
         dealt |= left << 24
         held = held >> (here << 3).to(tl.uint64)
         keep = mask ^ 0xFFFFFFFF
-        exponent = (((code & keep) + lowest) & keep) | (dealt & mask)
-        first = _join(_two(fraction, True), _two(exponent, True))
-        second = _join(_two(fraction, False), _two(exponent, False))
+        rest = (((code & keep) + lowest) & keep) | (dealt & mask)
+        if LOW_BITS != 0:
+            # Corrupt exponents must not reach the neighbours.
+            rest = ((rest & 0x1F1F1F1F) << LOW_BITS) | _values(low_rest, middle_rest, high_rest, row)
+        first = _join(_two(fraction, True), _two(rest, True), LOW_BITS)
+        second = _join(_two(fraction, False), _two(rest, False), LOW_BITS)
         both = first.to(tl.uint64) | (second.to(tl.uint64) << 32)
         tl.store(out + index, both.to(tl.int64, bitcast=True), mask=inside)
+
+
+@triton.jit
+def _exponent(pattern, LOW_BITS: tl.constexpr):
+    return (pattern.to(tl.int32) >> (7 + LOW_BITS)) & (0xFF >> LOW_BITS)
 
 
 @triton.jit
@@ -131,12 +164,13 @@ def measure_kernel(
     elements,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
+    LOW_BITS: tl.constexpr,
 ):
     """Choose each chunk's window and count what falls outside it."""
     chunk = tl.program_id(0)
     index = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = index < elements
-    exponent = (tl.load(bits + index, mask=inside, other=0).to(tl.int32) >> 7) & 0xFF
+    exponent = _exponent(tl.load(bits + index, mask=inside, other=0), LOW_BITS)
     counts = tl.histogram(exponent, 256)
     total = tl.minimum(elements - chunk * CHUNK, CHUNK)
     counts -= tl.where(tl.arange(0, 256) == 0, CHUNK - total, 0)  # what pads the chunk was counted as zeros
@@ -155,7 +189,7 @@ def encode_kernel(
     bits,  # int16 [elements]
     table,  # int32 [chunks, 2]: first escape, lowest exponent
     fractions,  # uint8 [elements]
-    codes,  # int32 [chunks, 3, COLUMNS]
+    planes,  # int32 [chunks, 3 + LOW_BITS, COLUMNS]
     escape_list,  # uint8 [escapes]
     elements,
     ROWS: tl.constexpr,
@@ -163,6 +197,7 @@ def encode_kernel(
     QUAD: tl.constexpr,
     WINDOW: tl.constexpr,
     ESCAPE: tl.constexpr,
+    LOW_BITS: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     escape = tl.load(table + chunk * 2)
@@ -171,30 +206,41 @@ def encode_kernel(
     low = tl.zeros([COLUMNS], tl.int32)
     middle = tl.zeros([COLUMNS], tl.int32)
     high = tl.zeros([COLUMNS], tl.int32)
+    low_rest = tl.zeros([COLUMNS], tl.int32)
+    middle_rest = tl.zeros([COLUMNS], tl.int32)
+    high_rest = tl.zeros([COLUMNS], tl.int32)
     count = tl.zeros([COLUMNS], tl.int32)
     for place in range(ROWS * QUAD):  # unrolled, it would take seconds to compile and gain nothing
         index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
         inside = index < elements
         pattern = tl.load(bits + index, mask=inside, other=0).to(tl.int32)
-        code = ((pattern >> 7) & 0xFF) - lowest
+        code = _exponent(pattern, LOW_BITS) - lowest
         code = tl.where((code >= 0) & (code < WINDOW), code, ESCAPE)
         code = tl.where(inside, code, 0)
         bit = 8 * (place % QUAD) + place // QUAD
         low |= (code & 1) << bit
         middle |= ((code >> 1) & 1) << bit
         high |= ((code >> 2) & 1) << bit
+        if LOW_BITS != 0:
+            low_rest |= (pattern & 1) << bit
+            middle_rest |= ((pattern >> 1) & 1) << bit
+            high_rest |= ((pattern >> 2) & 1) << bit
         count += (code == ESCAPE).to(tl.int32)
-        fraction = ((pattern >> 8) & 0x80) | (pattern & 0x7F)
+        fraction = ((pattern >> 8) & 0x80) | ((pattern >> LOW_BITS) & 0x7F)
         tl.store(fractions + index, fraction.to(tl.uint8), mask=inside)
-    words = codes + chunk * 3 * COLUMNS + column
+    words = planes + chunk * (3 + LOW_BITS) * COLUMNS + column
     tl.store(words, low)
     tl.store(words + COLUMNS, middle)
     tl.store(words + 2 * COLUMNS, high)
+    if LOW_BITS != 0:
+        tl.store(words + 3 * COLUMNS, low_rest)
+        tl.store(words + 4 * COLUMNS, middle_rest)
+        tl.store(words + 5 * COLUMNS, high_rest)
     rank = tl.cumsum(count, 0) - count + escape
     for place in range(ROWS * QUAD):
         index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
         is_escape = ((low & middle & high) >> (8 * (place % QUAD) + place // QUAD)) & 1
-        exponent = (tl.load(bits + index, mask=is_escape != 0, other=0).to(tl.int32) >> 7) & 0xFF
+        exponent = _exponent(tl.load(bits + index, mask=is_escape != 0, other=0), LOW_BITS)
         tl.store(escape_list + rank, exponent.to(tl.uint8), mask=is_escape != 0)
         rank += is_escape
 
@@ -202,20 +248,23 @@ def encode_kernel(
 class TritonPacker:
     """The packer of CUDA devices."""
 
-    def encode(self, raw: torch.Tensor, room: torch.Tensor) -> Layout:
-        """Pack `raw` (uint8 over bf16 patterns, whole quads) into `room`; waits for the device once.
+    def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
+        """Pack `raw` (uint8 over patterns of `dtype`, whole quads) into `room`; waits for the device once.
 
         Needs no memory besides 8 bytes a chunk. Raises ValueError when `room` is less than `worst_bytes`.
         """
         bits = raw.view(torch.int16)
         chunks = -(-bits.numel() // CHUNK)
-        if room.numel() < worst_bytes(bits.numel()):
+        low_bits = FORMATS[dtype].low_bits
+        if room.numel() < worst_bytes(bits.numel(), dtype):
             raise ValueError(f"{room.numel()} bytes of room for {bits.numel()} elements")
         table = torch.empty((chunks, 2), dtype=torch.int32, device=bits.device)
         if chunks:
-            measure_kernel[(chunks,)](bits, table, bits.numel(), CHUNK=CHUNK, WINDOW=WINDOW, num_warps=ENCODE_WARPS)
+            measure_kernel[(chunks,)](
+                bits, table, bits.numel(), CHUNK=CHUNK, WINDOW=WINDOW, LOW_BITS=low_bits, num_warps=ENCODE_WARPS
+            )
         ends = table[:, 0].cumsum(0)
-        layout = layout_of(bits.numel(), int(ends[-1]) if chunks else 0)
+        layout = layout_of(bits.numel(), int(ends[-1]) if chunks else 0, dtype)
         table[:, 0] = ends - table[:, 0]
         packed = room[: layout.stored_bytes].zero_()
         packed[:HEADER_BYTES].copy_(header(layout))
@@ -225,7 +274,7 @@ class TritonPacker:
                 bits,
                 table,
                 packed[layout.fractions :],
-                packed[layout.codes :][: chunks * 3 * COLUMNS * 4].view(torch.int32),
+                packed[layout.planes :][: layout.plane_bytes].view(torch.int32),
                 packed[layout.escape_list :],
                 bits.numel(),
                 ROWS=ROWS,
@@ -233,6 +282,7 @@ class TritonPacker:
                 QUAD=QUAD,
                 WINDOW=WINDOW,
                 ESCAPE=ESCAPE,
+                LOW_BITS=low_bits,
                 num_warps=ENCODE_WARPS,
             )
         return layout
@@ -250,12 +300,13 @@ class TritonPacker:
         decode_kernel[(layout.chunks,)](
             packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].view(torch.int32),
             packed[layout.fractions :][: QUAD * quads].view(torch.int32),
-            packed[layout.codes :][: layout.chunks * 3 * COLUMNS * 4].view(torch.int32),
+            packed[layout.planes :][: layout.plane_bytes].view(torch.int32),
             packed[layout.escape_list :],
             out[: 2 * QUAD * quads].view(torch.int64),
             quads,
             layout.escapes,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
+            LOW_BITS=layout.format.low_bits,
             num_warps=DECODE_WARPS,
         )

@@ -8,7 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream.streaming.engine.packing import CHUNK, CorruptPacking, pack, unpack
+from layerstream.streaming.engine.packing import (
+    CHUNK,
+    PACKABLE,
+    CorruptPacking,
+    PlainPacker,
+    expected_share,
+    pack,
+    read_layout,
+    unpack,
+    worst_bytes,
+)
+
+each_dtype = pytest.mark.parametrize("dtype", PACKABLE, ids=str)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,56 +29,100 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def assert_survives(weight: torch.Tensor) -> torch.Tensor:
     packed = pack(weight)
-    assert torch.equal(bits(unpack(packed)), bits(weight))
+    restored = unpack(packed)
+    assert restored.dtype is weight.dtype
+    assert torch.equal(bits(restored), bits(weight))
+    assert packed.numel() <= worst_bytes(weight.numel(), weight.dtype)
     return packed
 
 
-def every_pattern() -> torch.Tensor:
-    return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+def every_pattern(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-def test_every_pattern_survives_alone_and_shuffled():
-    assert_survives(every_pattern())
+@each_dtype
+def test_every_pattern_survives_alone_and_shuffled(dtype):
+    assert_survives(every_pattern(dtype))
     order = torch.randperm(65536, generator=torch.Generator().manual_seed(0))
-    assert_survives(every_pattern()[order].repeat(3))
+    assert_survives(every_pattern(dtype)[order].repeat(3))
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 3 * CHUNK + 5), st.integers(0, 2**31), st.sampled_from([1e-30, 0.02, 1.0, 1e30]))
-def test_any_size_survives(size, seed, scale):
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 3 * CHUNK + 5),
+    st.integers(0, 2**31),
+    st.sampled_from([1e-30, 1e-6, 0.02, 1.0, 1e30]),
+    st.sampled_from(PACKABLE),
+)
+def test_any_size_survives(size, seed, scale, dtype):
     generator = torch.Generator().manual_seed(seed)
-    assert_survives((torch.randn(size, generator=generator) * scale).bfloat16())
+    assert_survives((torch.randn(size, generator=generator) * scale).to(dtype))
 
 
+@each_dtype
 @pytest.mark.parametrize("size", [0, 1, 31, CHUNK - 1, CHUNK, CHUNK + 1, 65 * CHUNK + 7])
-def test_odd_sizes_and_constant_weights_survive(size):
+def test_odd_sizes_and_constant_weights_survive(size, dtype):
     for value in (0.0, -0.0, 1.5, float("nan"), float("-inf")):
-        assert_survives(torch.full((size,), value, dtype=torch.bfloat16))
+        assert_survives(torch.full((size,), value, dtype=dtype))
 
 
-def test_shapes_and_strides_do_not_matter():
-    weight = torch.randn(130, 270).bfloat16()
+@each_dtype
+def test_subnormals_and_payloads_of_nan_survive_among_ordinary_weights(dtype):
+    patterns = every_pattern(dtype)
+    tiny = patterns[(patterns.abs() < torch.finfo(dtype).tiny) | patterns.isnan()]
+    weight = (torch.randn(3 * CHUNK, generator=torch.Generator().manual_seed(2)) * 0.02).to(dtype)
+    weight[:: 3 * CHUNK // 1024] = tiny[torch.arange(weight[:: 3 * CHUNK // 1024].numel()) * 7 % tiny.numel()]
+    assert_survives(weight)
+    assert_survives(tiny)
+
+
+@each_dtype
+def test_shapes_and_strides_do_not_matter(dtype):
+    weight = torch.randn(130, 270).to(dtype)
     assert torch.equal(unpack(pack(weight.t())), weight.t().reshape(-1))
 
 
+@each_dtype
+def test_packing_into_room_and_out_of_it_keeps_to_the_bytes_of_the_weight(dtype):
+    weight = torch.randn(CHUNK + 4).to(dtype)
+    room = torch.full((worst_bytes(weight.numel(), dtype) + 64,), 0xFF, dtype=torch.uint8)
+    layout = PlainPacker().encode(weight.view(torch.uint8), room, dtype)
+    assert layout == read_layout(room) and layout.dtype is dtype
+    assert (room[layout.stored_bytes :] == 0xFF).all()
+    out = torch.full((weight.nbytes + 64,), 0xFF, dtype=torch.uint8)
+    PlainPacker().decode(room, layout, out)
+    assert torch.equal(out[: weight.nbytes], weight.view(torch.uint8))
+    assert (out[weight.nbytes :] == 0xFF).all()
+
+
 @pytest.mark.parametrize(
-    ("name", "most"), [("normal", 0.71), ("student", 0.73), ("uneven rows", 0.73)], ids=lambda value: str(value)
+    ("name", "most"),
+    [
+        ("normal", {torch.bfloat16: 0.71, torch.float16: 0.89}),
+        ("student", {torch.bfloat16: 0.73, torch.float16: 0.9}),
+        ("uneven rows", {torch.bfloat16: 0.73, torch.float16: 0.9}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_it_is_as_small_as_promised(name, most):
+@each_dtype
+def test_it_is_as_small_as_promised(name, most, dtype):
     torch.manual_seed(0)
     weight = {
         "normal": torch.randn(1024, 3840) * 0.02,
         "student": torch.distributions.StudentT(5.0).sample((1024, 3840)) * 0.02,
         "uneven rows": torch.randn(1024, 3840) * torch.randn(1024, 1).exp() * 0.02,
-    }[name].bfloat16()
+    }[name].to(dtype)
     packed = assert_survives(weight)
-    assert packed.numel() <= most * weight.nbytes
+    assert packed.numel() <= most[dtype] * weight.nbytes
+    if name == "normal":
+        assert packed.numel() / weight.nbytes == pytest.approx(expected_share(dtype), abs=0.003)
 
 
 def test_the_header_says_what_it_is():
-    packed = pack(torch.randn(100).bfloat16())
-    assert bytes(packed[:5].tolist()) == b"LSPK\x01"
-    assert packed.numel() % 256 == 0
+    for number, dtype in enumerate((torch.bfloat16, torch.float16)):
+        packed = pack(torch.randn(100).to(dtype))
+        assert bytes(packed[:6].tolist()) == b"LSPK\x01" + bytes([number])
+        assert packed.numel() % 256 == 0
 
 
 def test_other_dtypes_are_refused():
@@ -75,9 +131,9 @@ def test_other_dtypes_are_refused():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_corrupt_bytes_are_refused_or_decoded_but_never_read_beyond(data):
-    packed = pack(torch.randn(CHUNK + 100, generator=torch.Generator().manual_seed(1)).bfloat16())
+@given(st.data(), st.sampled_from(PACKABLE))
+def test_corrupt_bytes_are_refused_or_decoded_but_never_read_beyond(data, dtype):
+    packed = pack(torch.randn(CHUNK + 100, generator=torch.Generator().manual_seed(1)).to(dtype))
     broken = packed.clone()
     for _ in range(data.draw(st.integers(1, 4))):
         where = data.draw(st.one_of(st.integers(0, 63), st.integers(0, broken.numel() - 1)))

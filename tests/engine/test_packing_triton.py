@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,53 +15,143 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 # Triton decides when its module is imported whether it interprets, so the comparison has a process of its own.
-COMPARISON = """
+PREAMBLE = """
 import torch
 from scripts.pack import load_pack
 load_pack()
-from layerstream.streaming.engine.packing import CHUNK, pack, read_layout, worst_bytes
+from layerstream.streaming.engine.packing import CHUNK, PACKABLE, pack, read_layout, worst_bytes
 from layerstream.streaming.engine.packing_triton import TritonPacker
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
 packer = TritonPacker()
 torch.manual_seed(0)
-patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-weights = {
-    "normal": torch.randn(20000).bfloat16(),
-    "patterns": patterns,
-    "shuffled patterns": patterns[torch.randperm(65536)],
-    "uneven rows": (torch.randn(64, 300) * torch.randn(64, 1).exp() * 3).bfloat16().reshape(-1),
-    "a chunk and a quad": torch.randn(CHUNK + 4).bfloat16(),
-    "one quad": torch.randn(4).bfloat16(),
-    "zeros": torch.zeros(9000, dtype=torch.bfloat16),
-    "empty": torch.empty(0, dtype=torch.bfloat16),
-}
-for name, weight in weights.items():
-    weight = weight.to(device)
+patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+"""
+
+COMPARISON = """
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compare(name, weight):
     raw = weight.view(torch.uint8)
     plain = pack(weight)
-    room = torch.full((worst_bytes(weight.numel()),), 0xFF, dtype=torch.uint8, device=device)
-    layout = packer.encode(raw, room)
+    room = torch.full((worst_bytes(weight.numel(), weight.dtype),), 0xFF, dtype=torch.uint8, device=device)
+    layout = packer.encode(raw, room, weight.dtype)
     assert layout == read_layout(plain), name
     assert torch.equal(room[: layout.stored_bytes], plain), name
     out = torch.full((raw.numel() + 64,), 0xFF, dtype=torch.uint8, device=device)
     packer.decode(plain, layout, out)
     assert torch.equal(out[: raw.numel()], raw), name
     assert (out[raw.numel() :] == 0xFF).all(), f"{name}: written beyond the end"
-    for broken in (plain.clone() for _ in range(3)):
-        if layout.chunks:
-            broken[256:] = torch.randint(0, 256, (broken.numel() - 256,), dtype=torch.uint8)
-            packer.decode(broken, layout, out)
-            assert (out[raw.numel() :] == 0xFF).all(), f"{name}: corrupt bytes made it write beyond the end"
+
+
+for dtype in PACKABLE:
+    weights = {
+        "normal": torch.randn(20000).to(dtype),
+        "patterns": patterns.view(dtype),
+        "shuffled patterns": patterns[torch.randperm(65536)].view(dtype),
+        "uneven rows": (torch.randn(64, 300) * torch.randn(64, 1).exp() * 3).to(dtype).reshape(-1),
+        "a chunk and a quad": torch.randn(CHUNK + 4).to(dtype),
+        "one quad": torch.randn(4).to(dtype),
+        "zeros": torch.zeros(9000, dtype=dtype),
+        "not a number": torch.full((5000,), -1, dtype=torch.int16).view(dtype),
+        "empty": torch.empty(0, dtype=dtype),
+    }
+    for name, weight in weights.items():
+        compare(f"{dtype} {name}", weight.to(device))
 print("same bytes")
 """
 
+# The packed bytes lie between two unreadable ranges, which any 32-bit offset beyond the bytes would hit.
+FENCE = """
+import ctypes
+import mmap
 
-def test_kernels_equal_the_plain_twin():
+MARGIN = 1 << 34
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def fenced(size_bytes, at_end):
+    pages = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    unreadable, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    address = libc.mmap(None, pages + 2 * MARGIN, unreadable, flags, -1, 0)
+    assert address != ctypes.c_void_p(-1).value
+    assert libc.mprotect(address + MARGIN, pages, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+    start = address + MARGIN + (pages - size_bytes if at_end else 0)
+    return torch.frombuffer((ctypes.c_uint8 * size_bytes).from_address(start), dtype=torch.uint8)
+
+
+def damageable(dtype):
+    weight = patterns[torch.randperm(65536)][: CHUNK + 8].view(dtype)
+    weight = torch.cat([weight, (torch.randn(CHUNK) * 0.02).to(dtype)])
+    return pack(weight), weight.nbytes
+"""
+
+FUZZ = """
+for dtype in PACKABLE:
+    plain, raw_bytes = damageable(dtype)
+    layout = read_layout(plain)
+    for at_end in (False, True):
+        packed, out = fenced(plain.numel(), at_end), fenced(raw_bytes, at_end)
+        for section in (layout.table, layout.fractions, layout.planes, layout.escape_list, plain.numel()):
+            for damage in ("noise", "ones", "zeros"):
+                packed.copy_(plain)
+                broken = packed[section - 256 : section + 4096] if section < plain.numel() else packed[256:]
+                if damage == "noise":
+                    broken.random_(0, 256)
+                else:
+                    broken.fill_(0xFF if damage == "ones" else 0)
+                packer.decode(packed, layout, out)
+print("nothing beyond")
+"""
+
+# Without the bound on escapes damage is fatal, so the fence holds.
+UNBOUND = """
+from layerstream.streaming.engine.packing_triton import decode_kernel
+
+plain, raw_bytes = damageable(torch.bfloat16)
+layout = read_layout(plain)
+packed, out = fenced(plain.numel(), True), fenced(raw_bytes, True)
+packed.copy_(plain)
+packed[layout.table + 3] = 0x20  # the first escape is half a billion bytes on
+words = packed.view(torch.int32)
+print("fenced", flush=True)
+decode_kernel[(1,)](
+    words[layout.table // 4 :], words[layout.fractions // 4 :], words[layout.planes // 4 :],
+    packed[layout.escape_list :], out.view(torch.int64), 1024, 1 << 30, ROWS=8, COLUMNS=128, LOW_BITS=0,
+)
+"""
+
+
+def interpreted(source: str, *, on_device: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `source` where the kernels run on a card, if there is one and they may, or are interpreted."""
     import torch
 
-    environment = {**os.environ, "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
-    finished = subprocess.run(
-        [sys.executable, "-c", COMPARISON], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    interprets = not (on_device and torch.cuda.is_available())
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interprets else "0"}
+    return subprocess.run(
+        [sys.executable, "-c", PREAMBLE + source],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+def test_kernels_equal_the_plain_twin():
+    finished = interpreted(COMPARISON)
     assert finished.stdout.strip().endswith("same bytes"), finished.stderr[-2000:]
+
+
+def test_corrupt_bytes_make_the_decoder_read_and_write_nothing_beyond_them():
+    finished = interpreted(FENCE + FUZZ, on_device=False)
+    assert finished.stdout.strip().endswith("nothing beyond"), finished.stderr[-2000:]
+
+
+def test_a_read_beyond_them_would_be_noticed():
+    finished = interpreted(FENCE + UNBOUND, on_device=False)
+    assert finished.stdout.strip().endswith("fenced")
+    assert finished.returncode == -signal.SIGSEGV
