@@ -72,7 +72,7 @@ def random_conditioning(spec: StepSpec, seed: int) -> list:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     extra: dict[str, object] = {}
     if text.pooled_width_tensor is not None:
-        width = last_axis(spec.checkpoint_path, text.pooled_width_tensor)
+        width = last_axis(spec.checkpoint_path, text.pooled_width_tensor) - text.sizes_width
         extra["pooled_output"] = torch.randn(1, width, generator=generator)
     if text.guidance is not None:
         extra["guidance"] = text.guidance

@@ -24,11 +24,13 @@ WARMUP_STEPS = 2
 
 class TextInput(NamedTuple):
     """What a family's text encoder hands to its model. Widths are read from the checkpoint: they are the last axis of
-    the tensors named here, which take the text and the pooled text in."""
+    the tensors named here, which take the text and the pooled text in. `sizes_width` of the pooled text's axis are the
+    picture's sizes, which the host adds itself."""
 
     tokens: int
     width_tensor: str
     pooled_width_tensor: str | None = None
+    sizes_width: int = 0
     guidance: float | None = None
 
 
@@ -36,6 +38,13 @@ FAMILIES: dict[str, TextInput] = {
     "zimage": TextInput(tokens=256, width_tensor="cap_embedder.0.weight"),
     "flux": TextInput(
         tokens=512, width_tensor="txt_in.weight", pooled_width_tensor="vector_in.in_layer.weight", guidance=3.5
+    ),
+    "qwen-image": TextInput(tokens=256, width_tensor="txt_in.weight"),
+    "sdxl": TextInput(
+        tokens=77,
+        width_tensor="input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
+        pooled_width_tensor="label_emb.0.0.weight",
+        sizes_width=6 * 256,
     ),
 }
 

@@ -12,30 +12,45 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .layouts import components, diffusion_models
+from .layouts import components, diffusion_models, unet
 from .layouts.tensors import TensorLayout
+from .layouts.unet import UNetDepth
 from .random_file import write_random_file
 
-Family = Literal["zimage", "flux"]
+Family = Literal["zimage", "flux", "qwen-image", "sdxl"]
 Size = Literal["narrow", "full"]
 
-FAMILIES: tuple[Family, ...] = ("zimage", "flux")
+FAMILIES: tuple[Family, ...] = ("zimage", "flux", "qwen-image", "sdxl")
 
 
 class Depth(NamedTuple):
-    """How many blocks of each kind a file holds; a family ignores the kinds that it lacks."""
+    """How many blocks of each kind a transformer's file holds; a family ignores the kinds that it lacks."""
 
-    layers: int
-    double: int
-    single: int
+    layers: int = 1
+    double: int = 1
+    single: int = 1
 
 
-DEPTHS: dict[Size, Depth] = {
-    # Six blocks a family: Z-Image always has two pairs of refiners beside its main blocks.
-    "narrow": Depth(layers=2, double=1, single=5),
-    "full": Depth(layers=30, double=19, single=38),
+DEPTHS: dict[Size, dict[Family, Depth]] = {
+    # Z-Image has two pairs of refiners beside its main blocks, so that it comes to six blocks as FLUX does.
+    "narrow": {"zimage": Depth(layers=2), "flux": Depth(double=1, single=5), "qwen-image": Depth(layers=3)},
+    "full": {"zimage": Depth(layers=30), "flux": Depth(double=19, single=38), "qwen-image": Depth(layers=60)},
+}
+UNET_DEPTHS: dict[Size, UNetDepth] = {
+    # Segmind-Vega's way down, the shallowest that ComfyUI takes for an SDXL.
+    "narrow": UNetDepth((0, 1, 2), 1, (0, 1, 1)),
+    "full": UNetDepth((0, 2, 10), 10, (0, 2, 10)),
 }
 ZIMAGE_TEXT_WIDTHS: dict[Size, int] = {"narrow": components.CLIP_L_WIDTH, "full": components.QWEN3_WIDTH}
+DTYPES: dict[Family, torch.dtype] = {
+    "zimage": torch.bfloat16,
+    "flux": torch.bfloat16,
+    "qwen-image": torch.bfloat16,
+    "sdxl": torch.float16,
+}
+"""The type of the published files' weights."""
+COMPONENT_FAMILIES: tuple[Family, ...] = ("zimage", "flux")
+"""The families whose text encoder and autoencoder can be written too; both take images of 16 latent channels."""
 
 
 def write_diffusion_model(
@@ -46,41 +61,45 @@ def write_diffusion_model(
     layers: int | None = None,
     double: int | None = None,
     single: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> Path:
     """Write a diffusion model file to `path` and return `path`.
 
-    Narrow files: Z-Image 2.1 GB, FLUX 2.1 GB in bfloat16; full: 12.3 GB and 23.8 GB. `layers` (Z-Image) and `double`
-    and `single` (FLUX) replace the size's own depth. `device` draws the values: "cuda" is much faster.
+    Full files, in the published type that `dtype=None` stands for: Z-Image 12.3 GB, FLUX 23.8 GB, Qwen-Image 40.9 GB,
+    SDXL 5.1 GB; narrow: 2.2, 2.2, 2.1 and 1.4 GB. `layers` (Z-Image, Qwen-Image) and `double` and `single` (FLUX)
+    replace the size's own depth. `device` draws the values: "cuda" is much faster.
 
     Raises:
-        ValueError: the family is unknown or a depth is below one.
+        ValueError: the family is unknown, a depth is below one, or SDXL is given one.
     """
-    standard = DEPTHS[size]
-    depth = Depth(
-        layers=standard.layers if layers is None else layers,
-        double=standard.double if double is None else double,
-        single=standard.single if single is None else single,
-    )
-    tensors = diffusion_model_layout(family, depth, text_width=ZIMAGE_TEXT_WIDTHS[size])
-    return write_random_file(path, tensors, dtype=dtype, seed=seed, device=device)
+    depth = {"layers": layers, "double": double, "single": single}
+    given = {kind: count for kind, count in depth.items() if count is not None}
+    tensors = diffusion_model_layout(family, size, **given)
+    return write_random_file(path, tensors, dtype=dtype or DTYPES[family], seed=seed, device=device)
 
 
-def diffusion_model_layout(family: Family, depth: Depth, *, text_width: int) -> list[TensorLayout]:
-    """The tensors of a diffusion model of `depth`; `text_width` is Z-Image's, FLUX has its own.
+def diffusion_model_layout(family: Family, size: Size, **depth: int) -> list[TensorLayout]:
+    """The tensors of a diffusion model file; `depth` replaces fields of the size's own `Depth`.
 
     Raises:
-        ValueError: the family is unknown or a depth is below one.
+        ValueError: the family is unknown, a depth is below one, or SDXL is given one.
     """
-    if min(depth) < 1:
-        raise ValueError(f"a {family} model needs at least one block of each kind, got {depth}")
+    if family not in FAMILIES:
+        raise ValueError(f"no layout for family {family!r}: choose one of {', '.join(FAMILIES)}")
+    if family == "sdxl":
+        if depth:
+            raise ValueError(f"SDXL's depth is its size's own: {', '.join(depth)} cannot be set")
+        return unet.sdxl(UNET_DEPTHS[size])
+    chosen = DEPTHS[size][family]._replace(**depth)
+    if min(chosen) < 1:
+        raise ValueError(f"a {family} model needs at least one block of each kind, got {chosen}")
     if family == "zimage":
-        return diffusion_models.zimage(layers=depth.layers, text_width=text_width)
+        return diffusion_models.zimage(layers=chosen.layers, text_width=ZIMAGE_TEXT_WIDTHS[size])
     if family == "flux":
-        return diffusion_models.flux(double=depth.double, single=depth.single)
-    raise ValueError(f"no layout for family {family!r}: choose one of {', '.join(FAMILIES)}")
+        return diffusion_models.flux(double=chosen.double, single=chosen.single)
+    return diffusion_models.qwen_image(layers=chosen.layers)
 
 
 def write_text_encoder(
@@ -96,7 +115,11 @@ def write_text_encoder(
 
     Z-Image full: Qwen3-4B, 8.0 GB. Z-Image narrow: CLIP-L, 0.25 GB, because ComfyUI always builds Qwen3's 36 layers;
     the narrow diffusion model takes text vectors of its width. FLUX: CLIP-L, the smaller of its two encoders.
+
+    Raises:
+        ValueError: the family has no text encoder here.
     """
+    _check_components(family)
     tensors = components.qwen3_4b() if (family, size) == ("zimage", "full") else components.clip_l()
     return write_random_file(path, tensors, dtype=dtype, seed=seed, device=device)
 
@@ -107,11 +130,18 @@ def write_vae(
     """Write the image autoencoder of `family` to `path` (0.17 GB in bfloat16) and return `path`.
 
     Raises:
-        ValueError: the family is unknown; all known ones share one layout.
+        ValueError: the family has no autoencoder here; those that have one share its layout.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"no autoencoder for family {family!r}: choose one of {', '.join(FAMILIES)}")
+    _check_components(family)
     return write_random_file(path, components.autoencoder(), dtype=dtype, seed=seed, device=device)
+
+
+def _check_components(family: Family) -> None:
+    """Raise ValueError unless `family`'s text encoder and autoencoder can be written."""
+    if family not in COMPONENT_FAMILIES:
+        raise ValueError(
+            f"only a diffusion model of {family!r} can be written: choose {' or '.join(COMPONENT_FAMILIES)}"
+        )
 
 
 def stored_bytes(path: Path) -> int:

@@ -1,8 +1,8 @@
-"""The tensors of diffusion model files, by family.
+"""The tensors of diffusion transformers' files, by family.
 
 Names and shapes are those of the published files, which both supported ComfyUI versions load without conversion:
 Z-Image as single-file checkpoints of Tongyi-MAI's model hold it (ComfyUI's `NextDiT`), FLUX.1-dev as Black Forest
-Labs publish it (norm gains end in `.scale`).
+Labs publish it (norm gains end in `.scale`), Qwen-Image as its `transformer` folder has it, in one file.
 """
 
 from .tensors import TensorLayout, linear, norm, scale
@@ -22,6 +22,11 @@ FLUX_HEAD_WIDTH = 128
 FLUX_MLP_WIDTH = 4 * FLUX_WIDTH
 FLUX_TEXT_WIDTH = 4096
 FLUX_POOLED_WIDTH = 768
+
+QWEN_WIDTH = 3072
+QWEN_HEAD_WIDTH = 128
+QWEN_MLP_WIDTH = 4 * QWEN_WIDTH
+QWEN_TEXT_WIDTH = 3584
 
 
 def zimage(*, layers: int, text_width: int) -> list[TensorLayout]:
@@ -94,4 +99,31 @@ def _flux_single_block(name: str) -> list[TensorLayout]:
     tensors += linear(f"{name}.linear1", FLUX_WIDTH, 3 * FLUX_WIDTH + FLUX_MLP_WIDTH)
     tensors += linear(f"{name}.linear2", FLUX_WIDTH + FLUX_MLP_WIDTH, FLUX_WIDTH)
     tensors += scale(f"{name}.norm.query_norm", FLUX_HEAD_WIDTH) + scale(f"{name}.norm.key_norm", FLUX_HEAD_WIDTH)
+    return tensors
+
+
+def qwen_image(*, layers: int) -> list[TensorLayout]:
+    """Qwen-Image with `layers` two-stream blocks (60 in the published file)."""
+    tensors = linear("img_in", PATCH_WIDTH, QWEN_WIDTH)
+    tensors += norm("txt_norm", QWEN_TEXT_WIDTH) + linear("txt_in", QWEN_TEXT_WIDTH, QWEN_WIDTH)
+    embedder = "time_text_embed.timestep_embedder"
+    tensors += linear(f"{embedder}.linear_1", TIMESTEP_WIDTH, QWEN_WIDTH)
+    tensors += linear(f"{embedder}.linear_2", QWEN_WIDTH, QWEN_WIDTH)
+    for index in range(layers):
+        tensors += _qwen_block(f"transformer_blocks.{index}")
+    tensors += linear("norm_out.linear", QWEN_WIDTH, 2 * QWEN_WIDTH, gain=0.5)
+    tensors += linear("proj_out", QWEN_WIDTH, PATCH_WIDTH)
+    return tensors
+
+
+def _qwen_block(name: str) -> list[TensorLayout]:
+    tensors: list[TensorLayout] = []
+    for stream in ("img", "txt"):
+        tensors += linear(f"{name}.{stream}_mod.1", QWEN_WIDTH, 6 * QWEN_WIDTH, gain=0.5)
+        tensors += linear(f"{name}.{stream}_mlp.net.0.proj", QWEN_WIDTH, QWEN_MLP_WIDTH)
+        tensors += linear(f"{name}.{stream}_mlp.net.2", QWEN_MLP_WIDTH, QWEN_WIDTH)
+    for projection in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"):
+        tensors += linear(f"{name}.attn.{projection}", QWEN_WIDTH, QWEN_WIDTH)
+    for gains in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        tensors += norm(f"{name}.attn.{gains}", QWEN_HEAD_WIDTH)
     return tensors

@@ -1,0 +1,45 @@
+"""Asks a ComfyUI what it makes of every layout, without a value in memory; prints one line of JSON.
+
+    python tests/bench/detect.py FOLDER
+
+Run in a process of its own: two hosts never share one.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from scripts.checkpoints import FAMILIES, diffusion_model_layout
+from scripts.hosts import open_host, read_host
+from scripts.layouts.tensors import TensorLayout
+
+
+def compare(tensors: list[TensorLayout]) -> dict:
+    """What the host takes the tensors for, and where its own model's names and shapes differ from theirs."""
+    import torch
+    from comfy import model_detection
+
+    stored = {tensor.name: torch.empty(tensor.shape, device="meta") for tensor in tensors}
+    config = model_detection.model_config_from_unet(dict(stored), "")
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(dict(stored), "", device="meta")
+    wanted = {name: tuple(value.shape) for name, value in model.diffusion_model.state_dict().items()}
+    # Some names of published files are another in the class; the loader turns them over.
+    loaded = config.process_unet_state_dict(dict(stored))
+    given = {name: tuple(value.shape) for name, value in loaded.items()}
+    differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    return {"model": type(model).__name__, "differing": differing}
+
+
+def main() -> None:
+    open_host(read_host(Path(sys.argv[1])), "--cpu")
+    found = {
+        f"{family} {size}": compare(diffusion_model_layout(family, size))
+        for family in FAMILIES
+        for size in ("narrow", "full")
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
