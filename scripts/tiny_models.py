@@ -1,74 +1,57 @@
-"""Builds models of a supported family that are too small for ComfyUI's file detection, with random weights.
+"""Builds models of every family that are too small for ComfyUI's file detection, with random weights, and samples them.
 
 Real widths make one pass take seconds on a processor. These models are ComfyUI's own classes with a smaller
 configuration, so a pass takes milliseconds; they serve tests of many cases, while narrow files test the loading. A
 host must be open (`hosts.open_host`) before anything here is called.
 """
 
+from __future__ import annotations
+
+import importlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from .checkpoints import Family
+from .model_configurations import MODELS, OLDER, Model, Random, Values, Vision
 
-TINY_CONFIGURATIONS: dict[Family, dict[str, Any]] = {
-    "zimage": {
-        "image_model": "lumina2",
-        "patch_size": 2,
-        "in_channels": 16,
-        "dim": 256,
-        "cap_feat_dim": 64,
-        "n_layers": 6,
-        "qk_norm": True,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "axes_dims": [32, 48, 48],
-        "axes_lens": [1536, 512, 512],
-        "rope_theta": 256.0,
-        "ffn_dim_multiplier": 8.0 / 3.0,
-        "z_image_modulation": True,
-        "time_scale": 1000.0,
-        "pad_tokens_multiple": 32,
-    },
-    "flux": {
-        "image_model": "flux",
-        "in_channels": 16,
-        "out_channels": 16,
-        "patch_size": 2,
-        "vec_in_dim": 768,
-        "context_in_dim": 64,
-        "hidden_size": 256,
-        "mlp_ratio": 4.0,
-        "num_heads": 2,
-        "depth": 4,
-        "depth_single_blocks": 8,
-        "axes_dim": [16, 56, 56],
-        "theta": 10000,
-        "qkv_bias": True,
-        "guidance_embed": True,
-    },
-}
-# ComfyUI 0.3.75 refuses these, 0.33 requires them.
-NEWER_FLUX_CONFIGURATION: dict[str, Any] = {"txt_ids_dims": [], "yak_mlp": False, "txt_norm": False}
+Patcher = Any
+"""A ComfyUI `ModelPatcher`; its class exists only while a host is open."""
+
+# ComfyUI leaves these to the file. Other buffers are computed when the model is built.
+EMPTY_BUFFERS = ("pos_embed",)
 
 
-def build_tiny_model(family: Family, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """A model patcher around a tiny model of `family`: ten blocks (Z-Image) or twelve (FLUX), weights in `dtype`.
+def is_in_host(name: str) -> bool:
+    """Whether the open host has the model."""
+    import comfy.supported_models
+
+    model = MODELS[name]
+    return hasattr(comfy.supported_models, model.supported) and (model.since == OLDER or _is_newer_host())
+
+
+def build_model(name: str, *, dtype: torch.dtype, device: str, narrow: bool) -> Any:
+    """ComfyUI's model of `name` (its `BaseModel`) with no values in its weights; on "meta" the full size costs nothing.
 
     Computes in float32, as ComfyUI does with bfloat16 weights on a processor.
     """
-    import comfy.model_management
-    import comfy.model_patcher
     import comfy.supported_models
 
-    configuration = dict(TINY_CONFIGURATIONS[family])
-    classes = {"zimage": comfy.supported_models.ZImage, "flux": comfy.supported_models.Flux}
-    if family == "flux" and _is_newer_flux():
-        configuration.update(NEWER_FLUX_CONFIGURATION)
-    model_config = classes[family](configuration)
+    model = MODELS[name]
+    model_config = getattr(comfy.supported_models, model.supported)(
+        model.settings(narrow=narrow, is_newer=_is_newer_host())
+    )
     model_config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
-    model = model_config.get_model({}, "")
+    return model_config.get_model({}, "", device=torch.device(device))
+
+
+def build_tiny_model(name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Patcher:
+    """A model patcher around a narrow model of `name`, weights in `dtype`."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    model = build_model(name, dtype=dtype, device="cpu", narrow=True)
     _fill(model.diffusion_model, seed)
     # Newer versions choose between patcher classes at start and name the choice; older ones have only one.
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -79,21 +62,78 @@ def build_tiny_model(family: Family, *, dtype: torch.dtype = torch.bfloat16, see
     )
 
 
-def _is_newer_flux() -> bool:
+def sample_tiny(
+    patcher: Patcher, name: str, *, steps: int = 2, cfg: float = 1.0, batch: int = 1, seed: int = 0
+) -> torch.Tensor:
+    """Sample as the KSampler node does, with everything but the weights depending only on `name`, `batch` and `seed`.
+
+    Several latents (video and audio) come back as one row of values.
+    """
+    # By name: this pack has a `nodes` of its own.
+    nodes = importlib.import_module("nodes")
+    model = MODELS[name]
+    generator = torch.Generator().manual_seed(seed)
+    positive, negative = (conditioning(model, generator) for _ in range(2))
+    latent = {"samples": _empty_latent(model, batch)}
+    with torch.inference_mode():
+        (result,) = nodes.common_ksampler(patcher, seed, steps, cfg, "euler", "simple", positive, negative, latent)
+    samples = result["samples"]
+    if samples.is_nested:
+        return torch.cat([part.flatten() for part in samples.unbind()])
+    return samples
+
+
+def conditioning(model: Model, generator: torch.Generator) -> list[Any]:
+    """What a text encoder and the model's own nodes would give it, with random values."""
+    text = torch.randn(1, *(model.text or (1, 1)), generator=generator)
+    entries = {key: _input(value, generator) for key, value in model.inputs.items()}
+    if model.pooled is not None:
+        entries["pooled_output"] = torch.randn(1, model.pooled, generator=generator)
+    return [[text, entries]]
+
+
+def _input(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, Random):
+        return torch.randn(1, *value.shape, generator=generator)
+    if isinstance(value, Values):
+        return torch.tensor(value.values)
+    if isinstance(value, Vision):
+        states = torch.randn(1, *value.shape, generator=generator)
+        return SimpleNamespace(
+            penultimate_hidden_states=states, last_hidden_state=states.flip(-1), image_sizes=[value.image]
+        )
+    if isinstance(value, list):
+        return [_input(item, generator) for item in value]
+    return value
+
+
+def _empty_latent(model: Model, batch: int) -> torch.Tensor:
+    latents = [torch.zeros(batch, *shape) for shape in (model.latent, *model.more_latents)]
+    if len(latents) == 1:
+        return latents[0]
+    from comfy.nested_tensor import NestedTensor
+
+    return NestedTensor(latents)
+
+
+def _is_newer_host() -> bool:
     import comfy.ldm.flux.model
 
     return "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__
 
 
 def _fill(module: torch.nn.Module, seed: int) -> None:
-    """Give every parameter random values that keep activations of order one; none is constant."""
+    """Give every weight random values that keep activations of order one; none is constant."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            values /= math.sqrt(parameter.shape[-1])
+            values /= math.sqrt(parameter[0].numel())
         elif "norm" in name:
             values = 1 + 0.1 * values
         else:
             values *= 0.05
         parameter.data.copy_(values)
+    for name, buffer in module.named_buffers():
+        if name.rpartition(".")[2] in EMPTY_BUFFERS:
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
