@@ -15,13 +15,11 @@ from bench.holder import CardHolder
 from bench.results import Row, add_comparison, add_peak
 from bench.spec import StepSpec
 
-REFERENCE = "resident"
-
 
 def run_contenders(names: Sequence[str], spec: StepSpec, folder: Path, timeout_s: float) -> list[Row]:
     """Run `names` in order, files and logs in `folder`, at most `timeout_s` each.
 
-    Put `resident` first: rows before it have nothing to be compared with.
+    Put a reference before those that are compared with it: rows before it have nothing to be compared with.
     """
     rows: list[Row] = []
     # One holder serves neighbours that want the same free memory: filling a large card takes seconds.
@@ -42,8 +40,9 @@ def run_contenders(names: Sequence[str], spec: StepSpec, folder: Path, timeout_s
             if "error" in row:
                 print(f"{name}: failed", flush=True)
                 continue
-            reference = next((other for other in rows if other["name"] == REFERENCE), None)
-            add_comparison(row, reference, _latent_path(folder, name), _latent_path(folder, REFERENCE))
+            reference_name = CONTENDERS[name].reference
+            reference = next((other for other in rows if other["name"] == reference_name), None)
+            add_comparison(row, reference, _latent_path(folder, name), _latent_path(folder, reference_name))
             print(f"{name}: {row['step_s_median']:.4f} s/step", flush=True)
     finally:
         if holder is not None:

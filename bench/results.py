@@ -45,7 +45,7 @@ def add_peak(row: Row, *, free_before_bytes: int, lowest_free_bytes: int) -> Non
 
 
 def add_comparison(row: Row, reference: Row | None, latent: Path, reference_latent: Path) -> None:
-    """Add to `row` how it compares with the resident run: its time as a ratio, its output bit by bit."""
+    """Add to `row` how it compares with its library's resident run: its time as a ratio, its output bit by bit."""
     if reference is None or "error" in reference:
         row.update(ratio_to_resident=None, bit_equal=None)
         return
@@ -91,7 +91,8 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
     """Write `result` to a new file in `folder`, named by what was measured, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
-    stem = f"{result['family']}-{result['free_gib']:g}gib-{device}-{result['date']}"
+    guided = f"-cfg{result['cfg']:g}" if result["cfg"] > 1 else ""
+    stem = f"{result['family']}-{result['free_gib']:g}gib{guided}-{device}-{result['date']}"
     path, number = folder / f"{stem}.json", 1
     while path.exists():
         number += 1

@@ -8,25 +8,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
 
 from bench.checkpoint import last_axis
+from bench.measured import SamplingRun
 from bench.spec import SAMPLER, SCHEDULER, StepSpec
 
-if TYPE_CHECKING:
-    import torch
-
 LATENT_DOWNSCALE = 8
-
-
-class SamplingRun(NamedTuple):
-    """`first_step_s` runs from the call to the first step's end and so includes the load; `steps_s` are the others."""
-
-    latent: torch.Tensor
-    first_step_s: float
-    steps_s: list[float]
-    calls_per_step: float
-    next_first_step_s: float | None = None
 
 
 class StepClock:
@@ -37,8 +25,8 @@ class StepClock:
         self._synchronize = synchronize
         self._marks_s: list[float] = []
 
-    def mark(self, *_: object) -> None:
-        """Wait for the step's work and note the time; it takes a sampler callback's arguments and ignores them."""
+    def mark(self) -> None:
+        """Wait for the step's work and note the time."""
         if self._device == "cuda":
             import torch
 
@@ -80,15 +68,11 @@ def random_conditioning(spec: StepSpec, seed: int) -> list:
     return [[torch.randn(1, text.tokens, width, generator=generator), extra]]
 
 
-def sample_runs(model, spec: StepSpec) -> SamplingRun:
-    """Sample `spec.runs` times, as a person who queues a prompt again; the first step is the first run's, the other
-    times are the last run's, when whatever learns from a run has learned."""
-    runs = [sample(model, spec) for _ in range(spec.runs)]
-    return runs[-1]._replace(first_step_s=runs[0].first_step_s, next_first_step_s=runs[-1].first_step_s)
+def sample(model, spec: StepSpec, after_step: Callable[[], None] | None = None) -> SamplingRun:
+    """Sample `spec.steps` steps from an empty latent of the spec's resolution and time them.
 
-
-def sample(model, spec: StepSpec) -> SamplingRun:
-    """Sample `spec.steps` steps from an empty latent of the spec's resolution and time them."""
+    `after_step` is called at the end of every step; what it takes counts to the next one.
+    """
     import comfy.patcher_extension
     import comfy.sample
     import torch
@@ -101,6 +85,12 @@ def sample(model, spec: StepSpec) -> SamplingRun:
     positive, negative = random_conditioning(spec, spec.seed + 1), random_conditioning(spec, spec.seed + 2)
 
     clock = StepClock(spec.device, spec.synchronize)
+
+    def end_step(*_: object) -> None:
+        clock.mark()
+        if after_step is not None:
+            after_step()
+
     clock.mark()
     result = comfy.sample.sample(
         model,
@@ -112,7 +102,7 @@ def sample(model, spec: StepSpec) -> SamplingRun:
         positive,
         negative,
         latent,
-        callback=clock.mark,
+        callback=end_step,
         disable_pbar=True,
         seed=spec.seed,
     )

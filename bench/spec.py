@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 GIB = 1024**3
+MIB = 1024**2
 
 # The euler sampler calls the model once a step, so that a step and a walk over the blocks are the same thing.
 SAMPLER = "euler"
@@ -55,7 +56,8 @@ class StepSpec:
 
     `free_gib` is what the card has free before a contender's process starts, its CUDA context included.
     `synchronize` says what a step's end waits for: "device" for everything the card was given, "stream" for the
-    compute stream alone, which leaves copies for the next step under way.
+    compute stream alone, which leaves copies for the next step under way. `trace` asks LayerStream for the timeline
+    of a step after the timed runs.
     """
 
     family: str
@@ -75,6 +77,7 @@ class StepSpec:
     layerstream_dynamic: bool = True
     prefetch_blocks: int | None = None
     vram_gib: float = 0.0
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.results import Row
+from bench.spec import GIB
+from bench.timeline import format_timeline
 
 COLUMNS = (
     ("s/step", "step_s_median", 4),
@@ -43,10 +45,29 @@ def _remarks(row: Row) -> list[str]:
         return ["", f"{row['name']}: {row['error']}"]
     remarks = []
     if row["bit_equal"] is False:
-        remarks.append(f"{row['name']}: its output differs from resident by up to {row['max_abs_difference']:.3g}")
+        remarks.append(f"{row['name']}: its output differs by up to {row['max_abs_difference']:.3g}")
     if not row["latent_is_finite"]:
         remarks.append(f"{row['name']}: its output holds NaN or infinity, so that equal bits prove little")
+    if row["report"].get("predicted_step_ms") is not None:
+        remarks.append(_expected(row))
+    if row["trace"] is not None:
+        remarks.append(f"{row['name']}: {format_timeline(row['trace'])}")
     return remarks
+
+
+def _expected(row: Row) -> str:
+    """What LayerStream's planner expected of the step, and the RAM that is page-locked for it."""
+    report = row["report"]
+    parts = [f"predicted {report['predicted_step_ms']:.1f} ms a walk over the blocks"]
+    if report.get("floor_ms") is not None:
+        parts.append(f"floor {report['floor_ms']:.1f} ms")
+    if report.get("limit") is not None:
+        parts.append(f"limit: {report['limit']}")
+    locked_bytes, streamed_bytes = report.get("page_locked_bytes"), report.get("streamed_bytes_per_step")
+    if locked_bytes is not None and streamed_bytes:
+        share = locked_bytes / streamed_bytes
+        parts.append(f"{locked_bytes / GIB:.2f} GiB of RAM page-locked, {share:.0%} of what streams")
+    return f"{row['name']}: {', '.join(parts)}"
 
 
 def _decimal(number: float | None, places: int) -> str:

@@ -1,4 +1,4 @@
-"""One contender in its own process: opens the host, samples, and prints what it took as one line of JSON.
+"""One contender in its own process: samples, and prints what it took as one line of JSON.
 
 In: the contender's name, a spec file, and a path for the final latent. Out: JSON on the last line of standard output,
 the latent as safetensors. It measures nothing of the card beyond its own allocator: the holder sees the whole card.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import statistics
 from pathlib import Path
 
+import psutil
+
 from bench.contenders import CONTENDERS
-from bench.hosting import start_host
 from bench.spec import GIB, WARMUP_STEPS, StepSpec
 
 
@@ -26,46 +28,38 @@ def latent_sha256(latent) -> str:
 
 def run(name: str, spec: StepSpec, latent_path: Path) -> dict:
     """Sample with contender `name`, write its latent to `latent_path`, and return its row of the result."""
-    contender = CONTENDERS[name]
-    host_version = start_host(spec.host_path, device=spec.device, dynamic=contender.dynamic(spec))
-    import psutil
+    ram_available_gib = psutil.virtual_memory().available / GIB
+    measured = CONTENDERS[name].measure(spec)
     import torch
     from safetensors.torch import save_file
 
-    from bench.sampling import sample_runs
-
-    ram_available_gib = psutil.virtual_memory().available / GIB
-    # The host executes every node, loaders too, under inference mode.
-    with torch.inference_mode():
-        prepared = contender.prepare(spec)
-        sampled = sample_runs(prepared.model, spec)
-        residency = prepared.residency(sampled.calls_per_step)
-    latent = sampled.latent.clone()
+    run, residency = measured.run, measured.residency
+    latent = run.latent.clone()
     save_file({"latent": latent}, latent_path)
 
-    timed_s = sampled.steps_s[WARMUP_STEPS - 1 :]
+    timed_s = run.steps_s[WARMUP_STEPS - 1 :]
     on_cuda = spec.device == "cuda"
     return {
         "name": name,
         "step_s_median": statistics.median(timed_s),
         "step_s_min": min(timed_s),
         "step_s_max": max(timed_s),
-        "first_step_s": sampled.first_step_s,
-        "next_first_step_s": sampled.next_first_step_s,
-        "steps_s": sampled.steps_s,
-        "calls_per_step": sampled.calls_per_step,
+        "prepare_s": measured.prepare_s,
+        "first_step_s": run.first_step_s,
+        "next_first_step_s": run.next_first_step_s,
+        "steps_s": run.steps_s,
+        "calls_per_step": run.calls_per_step,
         "resident_gib": residency.resident_bytes / GIB,
         "streamed_gib_per_step": residency.streamed_bytes_per_step / GIB,
         "moved_gib_per_step": residency.moved_bytes_per_step / GIB,
         "allocated_peak_gib": torch.cuda.max_memory_allocated() / GIB if on_cuda else None,
         "reserved_peak_gib": torch.cuda.max_memory_reserved() / GIB if on_cuda else None,
         "ram_available_gib": ram_available_gib,
-        "patcher": type(prepared.model).__name__,
-        "dtype": str(prepared.model.model.get_dtype()).removeprefix("torch."),
-        "comfyui": host_version,
+        **measured.facts,
         "latent_sha256": latent_sha256(latent),
         "latent_is_finite": bool(torch.isfinite(latent).all()),
         "report": residency.details,
+        "trace": measured.trace,
     }
 
 
@@ -75,6 +69,7 @@ def main() -> None:
     parser.add_argument("--spec", type=Path, required=True)
     parser.add_argument("--latent", type=Path, required=True)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     row = run(arguments.contender, StepSpec.read(arguments.spec), arguments.latent)
     print(json.dumps(row, default=str), flush=True)
 

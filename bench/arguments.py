@@ -1,0 +1,90 @@
+"""The command-line options that benchmarks of sampling share, and the spec that they make.
+
+In: an `argparse` parser or what it read. Out: options, contenders' names, a `StepSpec` without its model file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.contenders import CONTENDERS, STANDARD, with_references
+from bench.spec import StepSpec
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is asked of every case alike."""
+    add = parser.add_argument
+    add("--contenders", help=f"comma-separated, of: {', '.join(CONTENDERS)}; standard are {', '.join(STANDARD)}")
+    add("--resolution", type=int, default=1024, help="side of the square picture in pixels")
+    add("--batch", type=int, default=1)
+    add("--steps", type=int, default=6, help="the first two are not timed")
+    add("--runs", type=int, default=2, help="prompts in a row; all but the first step are timed in the last")
+    add("--host", help="a ComfyUI folder or version; the newest that is found otherwise")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu shows that all runs, its times mean nothing")
+    add("--size", choices=("full", "narrow"), help="narrow is a few blocks, and the default on the CPU")
+    add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "layerstream-bench", help="folder of model files")
+    add("--prefetch", type=int, help="blocks that LayerStream fetches ahead; 0 is its own choice")
+    add("--layerstream-mode", choices=("auto", "always"), default="auto", help="what LayerStream streams")
+    add("--layerstream-dynamic", choices=("on", "off"), default="on", help="the host's DynamicVRAM beneath it")
+    add("--vram-gb", type=float, default=0.0, help="LayerStream's own memory limit in GiB; 0 for none")
+    add("--synchronize", choices=("device", "stream"), default="stream", help="what the end of a step waits for")
+    add("--trace", action="store_true", help="add the timeline of one of LayerStream's steps, after the timed ones")
+    add("--link-gib-s", type=float, help="use this link bandwidth and not the measured one")
+    add("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files")
+    add("--keep", type=Path, help="keep the contenders' logs and latents in this folder")
+    add("--timeout-s", type=float, default=300.0, help="longest run of one contender")
+
+
+def read_contenders(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, standard: Sequence[str] = STANDARD
+) -> list[str]:
+    """The contenders' names, each after the reference that it needs; ends the program when one is unknown."""
+    if arguments.contenders:
+        names = arguments.contenders.split(",")
+    else:
+        names = ["resident", "layerstream"] if arguments.device == "cpu" else list(standard)
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        parser.error(f"unknown contender {', '.join(unknown)}: choose of {', '.join(CONTENDERS)}")
+    return with_references(names)
+
+
+def model_size(arguments: argparse.Namespace) -> str:
+    """The size of the random model files: narrow ones on the CPU unless something else was asked for."""
+    return arguments.size or ("narrow" if arguments.device == "cpu" else "full")
+
+
+def make_spec(arguments: argparse.Namespace, family: str, free_gib: float, cfg: float) -> StepSpec:
+    """What is asked for, checked, without the model file's path. Raises ValueError and HostError."""
+    return StepSpec(
+        family=family,
+        size=model_size(arguments),
+        device=arguments.device,
+        host_path=str(find_host_path(arguments.host)),
+        checkpoint_path="",
+        free_gib=free_gib,
+        resolution=arguments.resolution,
+        batch=arguments.batch,
+        cfg=cfg,
+        steps=arguments.steps,
+        runs=arguments.runs,
+        synchronize=arguments.synchronize,
+        layerstream_mode=arguments.layerstream_mode,
+        layerstream_dynamic=arguments.layerstream_dynamic == "on",
+        prefetch_blocks=arguments.prefetch,
+        vram_gib=arguments.vram_gb,
+        trace=arguments.trace,
+    )
+
+
+def find_host_path(choice: str | None) -> Path:
+    """The ComfyUI tree to run: `choice`, a folder or version, or the newest that is found."""
+    from scripts.hosts import find_host, find_hosts, prepare_host
+
+    if choice is not None:
+        return prepare_host(find_host(choice))
+    return prepare_host(max(find_hosts(), key=lambda host: [int(part) for part in re.findall(r"\d+", host.version)]))

@@ -1,0 +1,126 @@
+"""The ways to run a model inside ComfyUI: its own loaders and memory management, and LayerStream on top of them.
+
+In: a spec. Out: `Measured`. Each function opens its host in this process and samples under inference mode, as the
+host's nodes do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bench.hosting import has_dynamic_vram, start_host
+from bench.measured import Measured, Residency, last_run
+from bench.spec import StepSpec
+
+
+class Prepared(NamedTuple):
+    """A model to sample with, and how to ask where its weights are, given the model calls per step."""
+
+    model: Any
+    residency: Callable[[float], Residency]
+
+
+Opened = Callable[[], Prepared]
+"""Makes the model; all that a host's start imports is imported by then."""
+
+
+def measure_stock(spec: StepSpec) -> Measured:
+    """The host alone with DynamicVRAM off: what it does depends on the memory that it finds."""
+    return _measure(spec, _open_stock, is_dynamic=False)
+
+
+def measure_dynamic(spec: StepSpec) -> Measured:
+    """The host alone with DynamicVRAM on."""
+    return _measure(spec, _open_stock, is_dynamic=True)
+
+
+def measure_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:
+    """LayerStream's patcher around whatever patcher the host made; `packing` as its settings name it."""
+    is_dynamic = spec.layerstream_dynamic and has_dynamic_vram(spec.host_path)
+    return _measure(spec, lambda spec: _open_layerstream(spec, packing), is_dynamic=is_dynamic, is_traced=spec.trace)
+
+
+def _measure(
+    spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_dynamic: bool, is_traced: bool = False
+) -> Measured:
+    host_version = start_host(spec.host_path, device=spec.device, dynamic=is_dynamic)
+    import torch
+
+    from bench.sampling import sample
+
+    # The host executes every node, loaders too, under inference mode.
+    with torch.inference_mode():
+        prepare = open_way(spec)
+        begin = time.perf_counter()
+        prepared = prepare()
+        prepare_s = time.perf_counter() - begin
+        run = last_run([sample(prepared.model, spec) for _ in range(spec.runs)])
+        residency = prepared.residency(run.calls_per_step)
+        trace = _trace(prepared.model, spec) if is_traced else None
+    facts = {
+        "patcher": type(prepared.model).__name__,
+        "dtype": str(prepared.model.model.get_dtype()).removeprefix("torch."),
+        "comfyui": host_version,
+    }
+    return Measured(run, prepare_s, residency, facts, trace)
+
+
+def _trace(model: Any, spec: StepSpec) -> dict[str, Any]:
+    from bench.sampling import sample
+    from bench.trace import TRACED_STEPS, StepProfiler
+
+    with StepProfiler(spec.device) as profiler:
+        sample(model, dataclasses.replace(spec, steps=TRACED_STEPS), after_step=profiler.step)
+    return profiler.timeline()
+
+
+def _open_stock(spec: StepSpec) -> Opened:
+    import comfy.sd
+
+    def prepare() -> Prepared:
+        # As the host's loader node does it.
+        model = comfy.sd.load_diffusion_model(spec.checkpoint_path)
+        return Prepared(model, lambda calls_per_step: _stock_residency(model, calls_per_step))
+
+    return prepare
+
+
+def _stock_residency(model: Any, calls_per_step: float) -> Residency:
+    """What the host's own patcher says is loaded; the rest has to cross the link in every call, as it is."""
+    resident_bytes = int(model.loaded_size())
+    streamed_bytes = round(max(0, model.model_size() - resident_bytes) * calls_per_step)
+    return Residency(resident_bytes, streamed_bytes, streamed_bytes, {})
+
+
+def _open_layerstream(spec: StepSpec, packing: str) -> Opened:
+    import comfy.sd
+
+    from scripts.pack import load_pack
+
+    load_pack()
+    from layerstream.streaming.host.patcher import StreamingModelPatcher
+    from layerstream.streaming.host.settings import Packing, StreamingSettings
+
+    chosen: dict[str, Any] = {} if spec.prefetch_blocks is None else {"prefetch_blocks": spec.prefetch_blocks}
+    settings = StreamingSettings(mode=spec.layerstream_mode, vram_gib=spec.vram_gib, packing=Packing(packing), **chosen)
+
+    def prepare() -> Prepared:
+        source = comfy.sd.load_diffusion_model(spec.checkpoint_path)
+        model = StreamingModelPatcher.from_patcher(source, settings)
+        return Prepared(model, lambda calls_per_step: _layerstream_residency(model, calls_per_step))
+
+    return prepare
+
+
+def _layerstream_residency(model: Any, calls_per_step: float) -> Residency:
+    report = model.streaming_report()
+    # LayerStream counts by walk over the blocks: guidance in two calls walks twice a step.
+    return Residency(
+        report["resident_bytes"],
+        round((report["streamed_bytes_per_step"] or 0) * calls_per_step),
+        round((report["moved_bytes_per_step"] or 0) * calls_per_step),
+        {key: value for key, value in report.items() if isinstance(value, bool | int | float | str)},
+    )

@@ -1,0 +1,47 @@
+"""What one contender's process measures, before it is compared with anything.
+
+Plain values that every way to run a model can give; `bench.worker` turns them into a row of the result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SamplingRun(NamedTuple):
+    """`first_step_s` runs from the call to the first step's end and so includes the load; `steps_s` are the others."""
+
+    latent: torch.Tensor
+    first_step_s: float
+    steps_s: list[float]
+    calls_per_step: float
+    next_first_step_s: float | None = None
+
+
+class Residency(NamedTuple):
+    """Where the weights are after sampling. Streamed bytes are weights that are not on the card; moved bytes are what
+    crossed the link for them, fewer when they travel packed. Both are per step."""
+
+    resident_bytes: int
+    streamed_bytes_per_step: int
+    moved_bytes_per_step: int
+    details: dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """`prepare_s` is the time to make the model object from its file, before sampling loads it to the card. `facts`
+    are what ran: class names, type, version; `trace` is a step's timeline where one was asked for."""
+
+    run: SamplingRun
+    prepare_s: float
+    residency: Residency
+    facts: dict[str, Any]
+    trace: dict[str, Any] | None = None
+
+
+def last_run(runs: list[SamplingRun]) -> SamplingRun:
+    """The first step is the first run's and the other times are the last run's, when whatever learns has learned."""
+    return runs[-1]._replace(first_step_s=runs[0].first_step_s, next_first_step_s=runs[-1].first_step_s)
