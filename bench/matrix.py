@@ -1,0 +1,103 @@
+"""Many cases one after the other on one machine: each case as `bench.step` measures it, then one table and a picture.
+
+    python -m bench.matrix --cases zimage:8,zimage:4,flux:12,sdxl:3:7
+
+A case is family:free_gib[:cfg]. Every result is written as soon as it is there, so that a run that is stopped loses
+one case. The machine is described once, and each family's model file is written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.arguments import add_shared_arguments, make_spec, read_contenders
+from bench.case import measure_case
+from bench.child import ChildError
+from bench.machine import Checkpoint, find_checkpoint, find_machine
+from bench.spec import FAMILIES, StepSpec
+
+PICTURE = "matrix.svg"
+
+
+class Case(NamedTuple):
+    family: str
+    free_gib: float
+    cfg: float
+
+
+def read_case(text: str) -> Case:
+    """Read `family:free_gib[:cfg]`. Raises ValueError when it is anything else."""
+    family, *numbers = text.split(":")
+    if family not in FAMILIES:
+        raise ValueError(f"case `{text}` names no family: choose one of {', '.join(FAMILIES)}")
+    if not 1 <= len(numbers) <= 2:
+        raise ValueError(f"case `{text}` is not family:free_gib[:cfg]")
+    free_gib, cfg = [*map(float, numbers), 1.0][:2]
+    return Case(family, free_gib, cfg)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.matrix", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cases", required=True, help="comma-separated family:free_gib[:cfg]; a family's stand together"
+    )
+    parser.add_argument("--delete-checkpoints", action="store_true", help="delete a family's file after its last case")
+    parser.add_argument(
+        "--stop-after-s", type=float, help="start no case that would end later than this, to judge by the longest yet"
+    )
+    add_shared_arguments(parser)
+    arguments = parser.parse_args()
+    arguments.contenders = read_contenders(parser, arguments)
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the cases in order; give the results, fewer than cases when the time ran out."""
+    begin, longest_s = time.monotonic(), 0.0
+    cases = [read_case(text) for text in arguments.cases.split(",")]
+    specs = [make_spec(arguments, *case) for case in cases]  # all are checked before the first is run
+    machine = find_machine(arguments)
+    files: dict[str, Checkpoint] = {}
+    results: list[dict[str, Any]] = []
+    for index, spec in enumerate(specs):
+        elapsed_s = time.monotonic() - begin
+        if arguments.stop_after_s is not None and elapsed_s + longest_s > arguments.stop_after_s:
+            left = [_name(spec) for spec in specs[index:]]
+            print(f"stopped after {elapsed_s:.0f} s, not measured: {', '.join(left)}", file=sys.stderr, flush=True)
+            break
+        if spec.family not in files:
+            files[spec.family] = find_checkpoint(arguments, spec.family)
+        results.append(measure_case(spec, arguments, machine, files[spec.family]))
+        longest_s = max(longest_s, time.monotonic() - begin - elapsed_s)
+        if arguments.delete_checkpoints and spec.family not in {later.family for later in specs[index + 1 :]}:
+            Path(files.pop(spec.family).path).unlink()
+    return results
+
+
+def _name(spec: StepSpec) -> str:
+    guided = f":{spec.cfg:g}" if spec.cfg > 1 else ""
+    return f"{spec.family}:{spec.free_gib:g}{guided}"
+
+
+def main() -> None:
+    from scripts.hosts import HostError
+    from scripts.measured import picture, table
+
+    try:
+        arguments = parse_arguments()
+        results = run(arguments)
+        if results:
+            print(table(results))
+            (arguments.results / PICTURE).write_text(picture(results), encoding="utf-8")
+            print(json.dumps(results), flush=True)
+    except (ChildError, HostError, ValueError) as error:
+        raise SystemExit(f"bench.matrix: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
