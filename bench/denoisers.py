@@ -43,8 +43,8 @@ class Denoiser(NamedTuple):
     predict: Callable[[Any, torch.Tensor, float, Text, StepSpec], torch.Tensor]
 
 
-def random_model(denoiser: Denoiser, spec: StepSpec, dtype: torch.dtype, device: str, changes: dict[str, Any]) -> Any:
-    """The model in evaluation mode with weights of `dtype` on `device`; `changes` replaces configuration entries.
+def random_model(denoiser: Denoiser, spec: StepSpec, dtype: torch.dtype, device: str) -> Any:
+    """The model in evaluation mode with weights of `dtype` on `device`.
 
     A weight depends on its name and the device that draws it alone, so all models of a spec are equal. At no time is
     there more than one tensor beside the model's own.
@@ -56,7 +56,7 @@ def random_model(denoiser: Denoiser, spec: StepSpec, dtype: torch.dtype, device:
     narrow = denoiser.narrow if spec.size == "narrow" else {}
     # Buffers and plain tensors are made for good: position tables are not weights.
     with init_empty_weights(include_buffers=False):
-        model = getattr(diffusers, denoiser.class_name)(**{**denoiser.configuration, **narrow, **changes})
+        model = getattr(diffusers, denoiser.class_name)(**{**denoiser.configuration, **narrow})
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             drawn = _random_weight(f"{module_name}.{name}", parameter.shape, dtype, spec.device)
@@ -162,7 +162,7 @@ def _predict_sdxl(model: Any, latent: torch.Tensor, noise: float, text: Text, sp
     sizes = latent.new_tensor([SDXL_SIZES]).expand(latent.shape[0], -1)
     (prediction,) = model(
         latent,
-        _levels(latent, noise * 999).float(),
+        _levels(latent, round(noise * 999)).float(),
         encoder_hidden_states=text["tokens"],
         added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": sizes},
         return_dict=False,

@@ -81,7 +81,7 @@ def _measure(spec: StepSpec, home: str, offload: Offload) -> Measured:
     dtype = DTYPES[spec.family] if spec.device == "cuda" else torch.float32  # type: ignore[index]
     with torch.no_grad():
         begin = time.perf_counter()
-        model = random_model(denoiser, spec, dtype, home, {})
+        model = random_model(denoiser, spec, dtype, home)
         chosen = offload(model, spec)
         prepare_s = time.perf_counter() - begin
         run = last_run([_sample(denoiser, model, spec, dtype) for _ in range(spec.runs)])

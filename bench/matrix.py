@@ -19,6 +19,7 @@ from bench.arguments import add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
 from bench.child import ChildError
 from bench.machine import Checkpoint, find_checkpoint, find_machine
+from bench.results import brief
 from bench.spec import FAMILIES, StepSpec
 
 PICTURE = "matrix.svg"
@@ -94,7 +95,7 @@ def main() -> None:
         if results:
             print(table(results))
             (arguments.results / PICTURE).write_text(picture(results), encoding="utf-8")
-            print(json.dumps(results), flush=True)
+            print(json.dumps({"cases": [brief(result) for result in results]}), flush=True)
     except (ChildError, HostError, ValueError) as error:
         raise SystemExit(f"bench.matrix: {error}") from error
 

@@ -87,6 +87,19 @@ def make_result(spec: StepSpec, machine: Mapping[str, Any], **entries: Any) -> d
     }
 
 
+BRIEF_KEYS = (
+    *("name", "error", "step_s_median", "step_s_min", "step_s_max", "ratio_to_resident", "bit_equal"),
+    *("first_step_s", "peak_margin_gib", "resident_gib", "streamed_gib_per_step", "moved_gib_per_step"),
+)
+
+
+def brief(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `result` is worth a line of a log; its file has all of it."""
+    keys = ("family", "free_gib", "cfg", "resolution", "batch", "weights_gib", "link_gib_s", "floor_s", "versions")
+    rows = [{key: row[key] for key in BRIEF_KEYS if key in row} for row in result["contenders"]]
+    return {"device": result["machine"]["device"], **{key: result[key] for key in keys}, "contenders": rows}
+
+
 def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
     """Write `result` to a new file in `folder`, named by what was measured, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)

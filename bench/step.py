@@ -2,7 +2,7 @@
 
     python -m bench.step --family zimage --free-gib 8
 
-Prints the machine and the floor first, then a table, and ends with one line of JSON; the same object is written to
+Prints the machine and the floor first, then a table, and ends with one line of JSON; the whole result is written to
 `bench/results/`. Contenders and inputs are in `bench.contenders` and `bench.sampling`; `bench.matrix` runs many cases.
 """
 
@@ -17,6 +17,7 @@ from bench.arguments import add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
 from bench.child import ChildError
 from bench.machine import find_checkpoint, find_machine
+from bench.results import brief
 from bench.spec import FAMILIES
 
 
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     machine = find_machine(arguments)
     checkpoint = find_checkpoint(arguments, arguments.family, arguments.checkpoint)
     result = measure_case(spec, arguments, machine, checkpoint)
-    print(json.dumps(result), flush=True)
+    print(json.dumps(brief(result)), flush=True)
 
 
 def main() -> None:
