@@ -54,15 +54,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "LTXVModel": (  # LTX Video; LTX-AV, whose connectors run before sampling, outside the model's forward
         "video_embeddings_connector?",
         "audio_embeddings_connector?",
-        "caption_projection?",
-        "audio_caption_projection?",
         "transformer_blocks",
     ),
     "WanModel": (  # WAN 2.1, 2.2, VACE, Camera, S2V, Animate, ...
-        "casual_audio_encoder?",
-        "motion_encoder?",
-        "face_encoder?",
-        "audio_proj?",
         "vace_blocks?",
         "blocks",
         "audio_injector?",
@@ -72,7 +66,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "GeneralDIT": ("blocks",),  # Cosmos 1
     "HiDreamImageTransformer2DModel": ("caption_projection", "double_stream_blocks", "single_stream_blocks"),
     "HiDreamO1Transformer": ("visual", "language_model.layers"),
-    "HunyuanVideo": ("txt_in", "byt5_in?", "vision_in?", "double_blocks", "single_blocks"),
+    "HunyuanVideo": ("txt_in", "double_blocks", "single_blocks"),
     "aura.mmdit.MMDiT": ("double_layers", "single_layers"),  # AuraFlow
     "PixArtMS": ("blocks",),
     "Kandinsky5": ("text_transformer_blocks", "visual_transformer_blocks"),
