@@ -42,7 +42,8 @@ class Model:
 
     `supported` is its class in `comfy.supported_models`. Shapes are without the batch. `inputs` are further entries of
     its conditioning: `Random`, `Values`, `Vision`, lists of them, anything else as it is. `newer` are settings that
-    only hosts from `NEWER` on know.
+    only hosts from `NEWER` on know. `loads_since` is the first host that finds a narrow model's widths in its file.
+    `is_listed` says whether the pack has a row for it; a slow one has parts that cannot be narrow.
     """
 
     supported: str
@@ -55,6 +56,9 @@ class Model:
     inputs: Settings = field(default_factory=dict)
     newer: Settings = field(default_factory=dict)
     since: str = OLDER
+    loads_since: str | None = None
+    is_listed: bool = True
+    is_slow: bool = False
     family: str = ""
 
     def settings(self, *, narrow: bool, is_newer: bool) -> Settings:
@@ -245,7 +249,6 @@ _LTXV_NARROW: Settings = {
     "num_layers": 3,
     "attention_head_dim": 8,
     "cross_attention_dim": 256,
-    "caption_channels": 64,
 }
 
 _WAN: Settings = {
@@ -264,7 +267,7 @@ _WAN: Settings = {
     "eps": 1e-6,
     "in_dim": 16,
 }
-_WAN_NARROW: Settings = {"dim": 256, "num_heads": 2, "ffn_dim": 512, "num_layers": 4, "text_dim": 64}
+_WAN_NARROW: Settings = {"dim": 256, "num_heads": 2, "ffn_dim": 512, "num_layers": 4}
 
 _PREDICT2: Settings = {
     "image_model": "cosmos_predict2",
@@ -404,6 +407,7 @@ MODELS: dict[str, Model] = {
         pooled=768,
         newer=_NEWER_FLUX,
         family="FLUX.1",
+        loads_since=NEWER,
     ),
     "flux2": Model(
         "Flux2",
@@ -414,6 +418,7 @@ MODELS: dict[str, Model] = {
         pooled=64,
         newer={"txt_ids_dims": [3], "yak_mlp": False, "txt_norm": False},
         family="FLUX.2",
+        loads_since=NEWER,
     ),
     "chroma": Model(
         "Chroma",
@@ -465,12 +470,13 @@ MODELS: dict[str, Model] = {
             "depth": 10,
             "depth_single_blocks": 20,
         },
-        {**_FLUX_NARROW, "depth": 2, "depth_single_blocks": 3},
+        {**_FLUX_NARROW, "context_in_dim": 3584, "depth": 2, "depth_single_blocks": 3},
         latent=(16, 12, 12),
-        text=_text(64),
+        text=_text(3584),
         newer={**_NEWER_FLUX, "txt_ids_dims": [1, 2]},
         since=NEWER,
         family="LongCat-Image",
+        loads_since=NEWER,
     ),
     "qwen-image": Model(
         "QwenImage",
@@ -510,7 +516,16 @@ MODELS: dict[str, Model] = {
         since=NEWER,
         family="Z-Image Omni",
     ),
-    "sd3": Model("SD3", _SD3, _SD3_NARROW, latent=(16, 12, 12), text=_text(64), pooled=96, family="SD3 medium"),
+    "sd3": Model(
+        "SD3",
+        _SD3,
+        _SD3_NARROW,
+        latent=(16, 12, 12),
+        text=_text(64),
+        pooled=96,
+        family="SD3 medium",
+        loads_since=OLDER,
+    ),
     "sd35-medium": Model(
         "SD3",
         {
@@ -525,6 +540,7 @@ MODELS: dict[str, Model] = {
         text=_text(64),
         pooled=96,
         family="SD3.5 medium",
+        loads_since=OLDER,
     ),
     "sd35-large": Model(
         "SD3",
@@ -542,6 +558,7 @@ MODELS: dict[str, Model] = {
         text=_text(64),
         pooled=96,
         family="SD3.5 large",
+        loads_since=OLDER,
     ),
     "sd15": Model(
         "SD15",
@@ -607,16 +624,24 @@ MODELS: dict[str, Model] = {
         family="Stable Cascade, stage B",
     ),
     "ltxv": Model(
-        "LTXV", _LTXV, _LTXV_NARROW, latent=(128, 3, 4, 4), text=_text(64), inputs=_TEXT_MASK, family="LTX Video 2B"
+        "LTXV",
+        _LTXV,
+        _LTXV_NARROW,
+        latent=(128, 3, 4, 4),
+        text=_text(4096),
+        inputs=_TEXT_MASK,
+        family="LTX Video 2B",
+        loads_since=OLDER,
     ),
     "ltxv-13b": Model(
         "LTXV",
         {**_LTXV, "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096},
         _LTXV_NARROW,
         latent=(128, 3, 4, 4),
-        text=_text(64),
+        text=_text(4096),
         inputs=_TEXT_MASK,
         family="LTX Video 13B",
+        loads_since=OLDER,
     ),
     "ltxav": Model(
         "LTXAV",
@@ -643,53 +668,64 @@ MODELS: dict[str, Model] = {
         family="LTX-AV",
     ),
     "wan21-t2v": Model(
-        "WAN21_T2V", _WAN, _WAN_NARROW, latent=(16, 3, 8, 8), text=_text(64), family="WAN 2.1 and 2.2 text to video"
+        "WAN21_T2V",
+        _WAN,
+        _WAN_NARROW,
+        latent=(16, 3, 8, 8),
+        text=_text(4096),
+        family="WAN 2.1 and 2.2 text to video",
+        loads_since=OLDER,
     ),
     "wan21-i2v": Model(
         "WAN21_I2V",
         {**_WAN, "model_type": "i2v", "in_dim": 36},
         _WAN_NARROW,
         latent=(16, 3, 8, 8),
-        text=_text(64),
+        text=_text(4096),
         inputs={"clip_vision_output": Vision((257, 1280)), "concat_latent_image": Random((16, 3, 8, 8))},
         family="WAN 2.1 image to video",
+        loads_since=OLDER,
     ),
     "wan22-5b": Model(
         "WAN22_T2V",
         {**_WAN, "dim": 3072, "num_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_dim": 48, "out_dim": 48},
         _WAN_NARROW,
         latent=(48, 3, 8, 8),
-        text=_text(64),
+        text=_text(4096),
         family="WAN 2.2 5B",
+        loads_since=OLDER,
     ),
     "wan21-vace": Model(
         "WAN21_Vace",
         {**_WAN, "model_type": "vace", "vace_in_dim": 96, "vace_layers": 8},
         {**_WAN_NARROW, "vace_layers": 2},
         latent=(16, 3, 8, 8),
-        text=_text(64),
+        text=_text(4096),
         inputs={
             "vace_frames": [Random((32, 3, 8, 8))] * 2,
             "vace_mask": [Random((64, 3, 8, 8))] * 2,
             "vace_strength": [1.0, 0.5],
         },
         family="WAN 2.1 VACE",
+        loads_since=OLDER,
     ),
     "wan21-humo": Model(
         "WAN21_HuMo",
         {**_WAN, "model_type": "humo", "in_dim": 36},
         _WAN_NARROW,
         latent=(16, 3, 8, 8),
-        text=_text(64),
+        text=_text(4096),
         inputs={"audio_embed": Random((3, 8, 5, 1280)), "reference_latents": [Random((16, 1, 8, 8))]},
         family="WAN 2.1 HuMo",
+        is_slow=True,
+        loads_since=OLDER,
     ),
     "wan22-s2v": Model(
         "WAN22_S2V",
         {**_WAN, "model_type": "s2v"},
         {**_WAN_NARROW, "audio_inject_layers": [0, 2], "audio_dim": 64},
         latent=(16, 3, 8, 8),
-        text=_text(64),
+        text=_text(4096),
         inputs={"audio_embed": Random((25, 64, 12)), "reference_latents": [Random((16, 1, 8, 8))]},
         family="WAN 2.2 S2V",
     ),
@@ -698,7 +734,7 @@ MODELS: dict[str, Model] = {
         {**_WAN, "model_type": "animate", "in_dim": 36},
         {**_WAN_NARROW, "num_layers": 5},
         latent=(16, 3, 8, 8),
-        text=_text(64),
+        text=_text(4096),
         inputs={
             "clip_vision_output": Vision((257, 1280)),
             "concat_latent_image": Random((16, 3, 8, 8)),
@@ -706,6 +742,8 @@ MODELS: dict[str, Model] = {
             "face_video_pixels": Random((3, 1, 512, 512)),
         },
         family="WAN 2.2 Animate",
+        is_slow=True,
+        loads_since=OLDER,
     ),
     "cosmos-predict2": Model(
         "CosmosT2IPredict2",
@@ -724,6 +762,7 @@ MODELS: dict[str, Model] = {
         inputs={"t5xxl_ids": Values(list(range(10, 25))), "t5xxl_weights": Values([1.0] * 15)},
         since=NEWER,
         family="Anima",
+        is_slow=True,
     ),
     "cosmos": Model(
         "CosmosT2V",
@@ -770,6 +809,7 @@ MODELS: dict[str, Model] = {
         pooled=768,
         newer={"meanflow_sum": False},
         family="HunyuanVideo",
+        loads_since=OLDER,
     ),
     "hunyuan-video-15": Model(
         "HunyuanVideo15",
@@ -789,13 +829,14 @@ MODELS: dict[str, Model] = {
             "use_cond_type_embedding": True,
             "vision_in_dim": 1152,
         },
-        {"context_in_dim": 64, "hidden_size": 256, "num_heads": 2, "depth": 3, "vision_in_dim": 64},
+        {"context_in_dim": 64, "hidden_size": 256, "num_heads": 2, "depth": 3},
         latent=(32, 2, 6, 6),
         text=_text(64),
         pooled=64,
-        inputs={"conditioning_byt5small": Random((8, 1472)), "clip_vision_output": Vision((16, 64))},
+        inputs={"conditioning_byt5small": Random((8, 1472)), "clip_vision_output": Vision((16, 1152))},
         newer={"meanflow_sum": True},
         family="HunyuanVideo 1.5",
+        loads_since=OLDER,
     ),
     "auraflow": Model(
         "AuraFlow",
@@ -856,14 +897,13 @@ MODELS: dict[str, Model] = {
             "time_dim": 128,
             "ff_dim": 512,
             "num_visual_blocks": 4,
-            "in_text_dim": 64,
-            "in_text_dim2": 96,
         },
         latent=(16, 2, 8, 8),
-        text=_text(64),
-        pooled=96,
+        text=_text(3584),
+        pooled=768,
         since=NEWER,
         family="Kandinsky 5 lite",
+        loads_since=NEWER,
     ),
     "kandinsky5-pro": Model(
         "Kandinsky5",
@@ -883,16 +923,13 @@ MODELS: dict[str, Model] = {
             "ff_dim": 512,
             "num_text_blocks": 2,
             "num_visual_blocks": 4,
-            "in_text_dim": 64,
-            "in_text_dim2": 96,
         },
         latent=(16, 2, 8, 8),
-        text=_text(64),
-        pooled=96,
+        text=_text(3584),
+        pooled=768,
         since=NEWER,
         family="Kandinsky 5 pro",
     ),
-    # Not listed in the pack's table: these are discovered.
     "mochi": Model(
         "GenmoMochi",
         {
@@ -933,6 +970,7 @@ MODELS: dict[str, Model] = {
         text=_text(64),
         inputs=_TEXT_MASK,
         family="Mochi",
+        is_listed=False,
     ),
     "hunyuan-dit": Model(
         "HunyuanDiT",
@@ -946,6 +984,7 @@ MODELS: dict[str, Model] = {
             "attention_mask_mt5xl": Values([[1] * 256]),
         },
         family="HunyuanDiT",
+        is_listed=False,
     ),
     "omnigen2": Model(
         "Omnigen2",
@@ -972,5 +1011,6 @@ MODELS: dict[str, Model] = {
         text=_text(64),
         inputs={**_TEXT_MASK, "reference_latents": [Random((16, 8, 8))]},
         family="OmniGen 2",
+        is_listed=False,
     ),
 }

@@ -7,12 +7,16 @@ host must be open (`hosts.open_host`) before anything here is called.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from .model_configurations import MODELS, OLDER, Model, Random, Values, Vision
 
@@ -62,6 +66,28 @@ def build_tiny_model(name: str, *, dtype: torch.dtype = torch.bfloat16, seed: in
     )
 
 
+def loads_from_file(name: str) -> bool:
+    """Whether the open host finds the widths of a narrow model in its file; others it takes for known."""
+    since = MODELS[name].loads_since
+    return since == OLDER or (since is not None and _is_newer_host())
+
+
+def load_tiny_model(name: str, folder: Path) -> Patcher:
+    """The narrow model of `name` out of a file, written into `folder` when it is not there, by ComfyUI's own loader.
+
+    Where the loader cannot know the widths, the model is built without a file.
+    """
+    import comfy.sd
+
+    if not loads_from_file(name):
+        return build_tiny_model(name)
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        weights = build_tiny_model(name).model.diffusion_model.state_dict()
+        save_file({key: weight.contiguous() for key, weight in weights.items()}, path)
+    return comfy.sd.load_diffusion_model(str(path))
+
+
 def sample_tiny(
     patcher: Patcher, name: str, *, steps: int = 2, cfg: float = 1.0, batch: int = 1, seed: int = 0
 ) -> torch.Tensor:
@@ -75,12 +101,23 @@ def sample_tiny(
     generator = torch.Generator().manual_seed(seed)
     positive, negative = (conditioning(model, generator) for _ in range(2))
     latent = {"samples": _empty_latent(model, batch)}
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         (result,) = nodes.common_ksampler(patcher, seed, steps, cfg, "euler", "simple", positive, negative, latent)
     samples = result["samples"]
     if samples.is_nested:
         return torch.cat([part.flatten() for part in samples.unbind()])
     return samples
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from more threads, which only wait for each other on a busy machine."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
 
 
 def conditioning(model: Model, generator: torch.Generator) -> list[Any]:
