@@ -33,7 +33,9 @@ CARD_GIB = 8
 GIB = 1024**3
 
 ALL_STREAMED, HALF, NEARLY_RESIDENT = "all streamed", "half", "nearly all resident"
-# Of what does not have to be on the card, the share that may be.
+# What the card must hold at least beside what is in no unit: one that computes and one that arrives.
+UNITS_IN_FLIGHT = 2
+# Of all beyond that, the share that may be on the card.
 KEPT = {ALL_STREAMED: None, HALF: 0.5, NEARLY_RESIDENT: 0.9}
 
 
@@ -113,48 +115,49 @@ def _compare(model: Any, cases: list[Case], outcome: Outcome) -> None:
     if not expected.isfinite().all():
         outcome.wrong.append(f"resident, batch {batch}, cfg {cfg:g}: not finite, so there is nothing to compare")
         return
-    least_bytes, report = 0, {"passes": 0, "departures": 0}
-    for kept in KEPT:
-        case = Case(kept, batch, cfg)
-        if case not in cases and kept != ALL_STREAMED:
-            continue
-        outcome.cases += case in cases
+    report = {"passes": 0, "departures": 0}
+    for case in cases:
+        outcome.cases += 1
         try:
-            streamed = stream(model, kept, least_bytes)
+            streamed = stream(model, case.kept, outcome.narrow)
             result = sample_tiny(streamed, outcome.name, batch=batch, cfg=cfg)
             streamed.stream.session.check()
         except Exception as error:
             outcome.wrong.append(f"{case}: {type(error).__name__}: {error}")
             continue
         report = streamed.streaming_report()
-        wrong = _faults(report, torch.equal(result, expected))
+        wrong = [] if torch.equal(result, expected) else ["other bits"]
+        wrong += _faults(case, streamed, report)
         outcome.wrong += [f"{case}: {fault}" for fault in wrong]
-        outcome.equal += case in cases and not wrong
-        if kept == ALL_STREAMED:
-            # Streaming all of it shows how little the card must hold.
-            least_bytes, outcome.streamed_bytes = streamed.loaded_size(), report["streamed_bytes_per_step"]
+        outcome.equal += not wrong
+        if case.kept == ALL_STREAMED:
+            outcome.streamed_bytes = report["streamed_bytes_per_step"]
     # The meter counts over all cases of a model.
     outcome.passes += report["passes"]
     outcome.departures += report["departures"]
 
 
-def _faults(report: Mapping[str, Any], is_equal: bool) -> list[str]:
-    faults = [] if is_equal else ["other bits"]
-    if not report["streamed_bytes_per_step"]:
+def _faults(case: Case, streamed: Any, report: Mapping[str, Any]) -> list[str]:
+    faults = []
+    if case.kept == ALL_STREAMED and not report["streamed_bytes_per_step"]:
         faults.append("nothing streamed")
+    allowed_bytes = streamed.settings.vram_gib * GIB or CARD_GIB * GIB
+    if streamed.loaded_size() > allowed_bytes:
+        faults.append(f"{streamed.loaded_size()} bytes are on the card, {allowed_bytes:.0f} may be")
     if report["broken_passes"]:
         faults.append(f"{report['broken_passes']} broken passes")
     return faults
 
 
-def stream(model: Any, kept: str, least_bytes: int) -> Any:
-    """A streaming patcher of `model` that keeps as much as `kept` says of what is above `least_bytes`."""
+def stream(model: Any, kept: str, division: Division) -> Any:
+    """A streaming patcher of `model`, divided as `division` says, that keeps as much as `kept` says."""
     patchers, settings = pack_module("host.patcher"), pack_module("host.settings")
     share = KEPT[kept]
     if share is None:
         how = settings.StreamingSettings(mode=settings.Mode.ALWAYS, min_free_mib=0)
     else:
-        vram_gib = (least_bytes + share * (model.model_size() - least_bytes)) / GIB
+        least_bytes = division.outside_bytes + UNITS_IN_FLIGHT * division.largest_bytes
+        vram_gib = (least_bytes + share * (division.total_bytes - least_bytes)) / GIB
         how = settings.StreamingSettings(mode=settings.Mode.AUTO, vram_gib=vram_gib, min_free_mib=0)
     return patchers.StreamingModelPatcher.from_patcher(model, how)
 

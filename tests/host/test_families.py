@@ -14,7 +14,8 @@ import torch
 from layerstream.streaming.host import dividing, families
 from layerstream.streaming.host.dividing import MIB, UnitLimits, weight_bytes
 
-from scripts.division import MOST_LEFT_OUT, NARROW_UNITS, complaints_of_full_size, divide, full_size_model, trace_calls
+from scripts import division
+from scripts.division import MOST_LEFT_OUT, NARROW_UNITS, complaints_of_full_size, divide, trace_calls
 from scripts.family_matrix import FEW_CASES, ONE_CASE, run_model
 from scripts.model_configurations import MODELS
 from scripts.tiny_models import build_tiny_model, is_in_host, sample_tiny
@@ -25,6 +26,10 @@ NAMES = [name for name in MODELS if is_in_host(name)]
 LISTED = [name for name in NAMES if MODELS[name].is_listed]
 # One of each kind of list: flat, nested, in a wrapper, of unequal blocks; and those that have no row.
 SEARCHED = ["flux", "sd35-medium", "sdxl", "cascade-b", "ltxv", "wan21-vace", "hunyuan-dit", "mochi", "omnigen2"]
+
+
+# Without values, so that keeping them costs little.
+full_size_model = functools.cache(division.full_size_model)
 
 
 class Trace(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from scripts.division import narrow_units
+from scripts.division import divide, narrow_units
 from scripts.family_matrix import ALL_STREAMED, simulated_card, stream
 from scripts.tiny_models import build_tiny_model, sample_tiny
 
@@ -67,6 +67,10 @@ PLUGINS = (
 )
 
 
+def stream_all(model: Any) -> Any:
+    return stream(model, ALL_STREAMED, divide(model.model.diffusion_model))
+
+
 @pytest.mark.parametrize("plugin", PLUGINS, ids=[f"{plugin.node}-{plugin.model}" for plugin in PLUGINS])
 def test_a_plugin_gives_the_same_bits_on_a_streamed_model(plugin):
     with narrow_units(), torch.inference_mode():
@@ -76,7 +80,7 @@ def test_a_plugin_gives_the_same_bits_on_a_streamed_model(plugin):
         assert expected.isfinite().all()
         assert not torch.equal(expected, plain), "the node did nothing"
         with simulated_card(0):
-            for patched in (stream(plugin.apply(model), ALL_STREAMED, 0), plugin.apply(stream(model, ALL_STREAMED, 0))):
+            for patched in (stream_all(plugin.apply(model)), plugin.apply(stream_all(model))):
                 assert torch.equal(sample_tiny(patched, plugin.model, cfg=4.0, steps=plugin.steps), expected)
                 assert patched.streaming_report()["broken_passes"] == 0
                 patched.stream.session.check()
@@ -88,7 +92,7 @@ def test_blocks_left_out_of_some_runs_are_departures_and_no_fault():
         model = build_tiny_model("chroma")
         diffusion_model = model.model.diffusion_model
         with simulated_card(1):
-            streamed = stream(model, ALL_STREAMED, 0)
+            streamed = stream_all(model)
         for double, single in (([], []), ([1], [0, 2]), ([], []), ([0], [])):
             diffusion_model.skip_mmdit, diffusion_model.skip_dit = double, single
             expected = sample_tiny(model, "chroma", steps=3)
