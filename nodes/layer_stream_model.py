@@ -38,12 +38,12 @@ class LayerStreamModel(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "prefetch_blocks",
-                    default=1,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=MOST_PREFETCH,
                     tooltip=(
-                        "How many blocks are fetched ahead of the one that computes. More evens out uneven blocks and "
-                        "takes more of the card."
+                        "How many of the largest blocks are fetched ahead of the one that computes. More evens out "
+                        "uneven blocks and takes more of the card. 0: what measures best."
                     ),
                 ),
                 io.Float.Input(
@@ -59,7 +59,7 @@ class LayerStreamModel(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "min_free_mb",
-                    default=512,
+                    default=256,
                     min=0,
                     max=65536,
                     step=64,

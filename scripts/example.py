@@ -15,7 +15,7 @@ SIMULATED_CARD = "LAYERSTREAM_SIMULATE_GIB"
 """The environment variable that gives a machine without a GPU a simulated card of so many GiB."""
 
 GIB = 1024**3
-PREFETCH_BLOCKS = 1
+PREFETCH_BLOCKS = 0
 STREAMED_SHARE = 0.5
 # A card needs a little beside the budget, or rounding to whole tensors would not fit.
 CARD_SLACK_GIB = 0.05

@@ -1,133 +1,217 @@
 """Brings the weights of one block to where a plan wants them: into a slab on the host, or to the device for good.
 
-In: a block, a cut, and what its weights are to hold. Out: a `StreamedBlock` for the pipeline, residents in the module.
-Slabs are kept and used again as long as they hold what is asked for.
+In: a block, its form, and what its weights are to hold. Out: a `MovingBlock` for the pipeline, or residents in the
+module. Slabs are kept and used again as long as they hold what is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
-from .block import Block, Weight, ready_to_put
+from .block import Block, Weight, as_parameter
 from .codec import RawCodec
 from .device import Device
-from .packing import Layout, worst_bytes
+from .forecast import Form
+from .packing import PACKABLE, Layout, worst_bytes
+from .plan import TINY_BYTES
 from .store import HostStore, Slab
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
 
-# A packed block larger than this share of its raw bytes travels raw: restoring it would cost more than it saves.
-WORTH_PACKING = 0.8
+# A packed block larger than this share of its raw bytes is left as it is: restoring it would cost more than it saves.
+WORTH_PACKING = 0.93
+
+# Where a host tensor carries the packed bytes that stand for its block on the device.
+KEPT = "_layerstream_kept"
 
 
-class StreamedBlock(NamedTuple):
-    """A block whose weights from `cut` on are streamed.
+def cut_of(block: Block) -> int:
+    """Index of the first weight of `block` that may move; the tiny ones before it always stay on the device."""
+    small = (weight.codec.stored_bytes < TINY_BYTES for weight in block.weights)
+    return sum(small)
 
-    `source` is what crosses the link, packed if there is a `layout`; `raw_bytes` is what it is on the device.
-    `host_tensors` stand in the module's tables while the block does not run.
+
+def packable_dtype(block: Block) -> torch.dtype | None:
+    """The dtype in which the moving weights of `block` can be packed; None when they cannot."""
+    codecs = [weight.codec for weight in block.weights[cut_of(block) :]]
+    dtypes = {codec.dtype if isinstance(codec, RawCodec) else None for codec in codecs}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return dtype if dtype in PACKABLE else None
+
+
+@dataclass(frozen=True)
+class MovingBlock:
+    """A block whose weights from `cut` on are brought or restored each time it runs.
+
+    `source` is what crosses the link, packed if there is a `layout`; None for a block that is kept packed on the
+    device. `raw_bytes` is what it is when it runs.
     """
 
     block: Block
     cut: int
-    source: torch.Tensor
-    layout: Layout | None
     raw_bytes: int
-    host_tensors: list[tuple[Weight, torch.Tensor]]
+    source: torch.Tensor | None
+    layout: Layout | None
+
+    def kept(self) -> torch.Tensor:
+        """The packed bytes on the device. Only the module's own tensor holds them: whoever replaces it frees them."""
+        return getattr(self.block.weights[self.cut].current(), KEPT)
 
 
 class BlockLoader:
-    """Fills slabs and resident memory for the blocks of one model."""
+    """Fills slabs and device memory for the blocks of one model."""
 
     def __init__(self, device: Device, keep_home: Callable[[torch.Tensor], bool]) -> None:
         self.store = HostStore(device)
+        self.packed_bytes: dict[int, int] = {}
+        """What blocks packed to, by index; as many bytes as they have where packing them does not pay."""
         self._device = device
         self._keep_home = keep_home
         self._marks: dict[int, Hashable] = {}
         self._raw: torch.Tensor | None = None
         self._room: torch.Tensor | None = None
 
-    def stream(
-        self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed, is_packed: bool
-    ) -> StreamedBlock:
-        """Have the weights of `block` from `cut` on in a slab, and its host tensors in the module."""
-        base = block.offset_of(cut)
-        raw_bytes = block.weight_bytes() - base
-        if is_packed and mark is None and _is_bf16(block, cut):
-            slab = self._packed_slab(index, block, cut)
-            if slab is not None:
-                host_tensors = ready_to_put([(weight, weight.home) for weight in block.weights[cut:]])
-                return _placed(StreamedBlock(block, cut, slab.stored, slab.layout, raw_bytes, host_tensors))
+    def place(
+        self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed
+    ) -> MovingBlock | None:
+        """Bring the moving weights of `block` into `form`; None when they are resident.
+
+        A block that turns out not worth packing is left raw where it was to be.
+        """
+        cut = cut_of(block)
+        raw_bytes = block.weight_bytes() - block.offset_of(cut)
+        if not form.is_packed:
+            return self._place_raw(index, block, cut, form, mark, changed)
+        assert mark is None, "patched weights are not packed: the host's own tensors must hold them too"
+        slab = self.store.get(index)
+        if form.is_streamed and slab is not None and slab.layout is not None:
+            return self._placed(MovingBlock(block, cut, raw_bytes, slab.stored, slab.layout))
+        packed = self._pack(index, block, cut)
+        if packed is None:
+            return self._place_raw(index, block, cut, form, mark, changed)
+        room, layout = packed
+        self.store.drop(index)
+        if form.is_streamed:
+            slab = self.store.build(index, block.offset_of(cut), layout.stored_bytes, layout)
+            slab.stored.copy_(room)
+            return self._placed(MovingBlock(block, cut, raw_bytes, slab.stored, slab.layout))
+        kept = self._device.allocate(layout.stored_bytes)
+        kept.copy_(room)
+        return self._placed(MovingBlock(block, cut, raw_bytes, None, layout), kept)
+
+    def _placed(self, moving: MovingBlock, kept: torch.Tensor | None = None) -> MovingBlock:
+        """Put the home tensors into the module, the first one carrying what is kept on the device."""
+        for weight in moving.block.weights[moving.cut :]:
+            weight.put(weight.home)
+        if kept is not None:
+            weight = moving.block.weights[moving.cut]
+            own = as_parameter(weight.home) if not weight.sites[0].is_buffer else weight.home.detach()
+            setattr(own, KEPT, kept)
+            weight.put(own)
+        return moving
+
+    # -- raw -----------------------------------------------------------------------------------------------------
+
+    def _place_raw(
+        self, index: int, block: Block, cut: int, form: Form, mark: Hashable, changed: Changed
+    ) -> MovingBlock | None:
+        if not form.is_streamed:
+            self._keep(index, block, cut, mark, changed)
+            return None
         slab = self._raw_slab(index, block, cut, mark, changed)
-        views = block.views(slab.stored, cut, len(block.weights), slab.base)
-        for weight, tensor in views:
+        for weight, tensor in block.views(slab.stored, cut, len(block.weights), slab.base):
             if mark is None and not weight.dtype_changes and not self._keep_home(weight.home):
                 weight.home = tensor
-        source = slab.stored[base - slab.base :]
-        return _placed(StreamedBlock(block, cut, source, None, raw_bytes, ready_to_put(views)))
+            weight.put(tensor)
+        return MovingBlock(block, cut, slab.size_bytes, slab.stored, None)
 
     def _raw_slab(self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed) -> Slab:
-        """The slab of a block with every weight from `cut` on in it; one that holds more will do."""
-        base = block.offset_of(cut)
-        slab = self.store.get(index)
-        if slab is not None and slab.layout is None and slab.base <= base and self._marks[index] == mark:
+        """The slab of a block with every weight from `cut` on in it."""
+        slab = self._valid_slab(index, mark)
+        if slab is not None:
             return slab
         # The old slab's pages outlive it for as long as home tensors lie in them.
         self.store.drop(index)
+        base = block.offset_of(cut)
         slab = self.store.build(index, base, block.weight_bytes() - base)
         self._marks[index] = mark
         for weight in block.weights[cut:]:
-            _store(weight, changed(weight), slab.stored[weight.offset - base :])
+            store_weight(weight, changed(weight), slab.stored[weight.offset - base :])
             weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
         return slab
 
-    def _packed_slab(self, index: int, block: Block, cut: int) -> Slab | None:
-        """The same in packed form, packed on the device; None where that does not pay."""
-        packer = self._device.packer
-        assert packer is not None
-        base = block.offset_of(cut)
+    def _valid_slab(self, index: int, mark: Hashable) -> Slab | None:
+        """The raw slab of block `index`, if there is one with what `mark` says."""
         slab = self.store.get(index)
-        if slab is not None and slab.layout is not None and slab.base == base:
-            return slab
-        raw, room = self._workspace(block.weight_bytes() - base)
-        raw.zero_()  # the gaps between weights are packed too
-        for weight in block.weights[cut:]:
-            _store(weight, None, raw[weight.offset - base :])
-        layout = packer.encode(raw, room)
-        if layout.stored_bytes > WORTH_PACKING * raw.numel():
-            return None
-        self.store.drop(index)
-        slab = self.store.build(index, base, layout.stored_bytes, layout)
-        slab.stored.copy_(room[: layout.stored_bytes])
-        self._marks[index] = None
-        return slab
+        is_valid = slab is not None and slab.layout is None and self._marks[index] == mark
+        return slab if is_valid else None
 
-    def _workspace(self, size_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keep(self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed) -> None:
+        """Put the moving weights on the device, in one piece of memory.
+
+        Only the module holds them, so that whoever puts other tensors in their place frees the memory.
+        """
+        slab = self._valid_slab(index, mark)
+        base = block.offset_of(cut)
+        memory = self._device.allocate(block.weight_bytes() - base)
+        if slab is not None:
+            memory.copy_(slab.stored)  # at the link's full speed, unlike homes in pages of a file
+        for weight, tensor in block.views(memory, cut, len(block.weights), base):
+            if slab is None:
+                store_weight(weight, changed(weight), memory[weight.offset - base :])
+            weight.put(tensor)
+        self.store.drop(index)
+
+    def keep_first(self, block: Block, cut: int, changed: Changed) -> None:
+        """Put the first `cut` weights of `block` on the device for good."""
+        if cut == 0:
+            return
+        memory = self._device.allocate(block.offset_of(cut))
+        for weight, tensor in block.views(memory, 0, cut, 0):
+            store_weight(weight, changed(weight), memory[weight.offset :])
+            weight.put(tensor)
+
+    # -- packed --------------------------------------------------------------------------------------------------
+
+    def _pack(self, index: int, block: Block, cut: int) -> tuple[torch.Tensor, Layout] | None:
+        """Pack the moving weights on the device; give the bytes, in memory of the next call; None if it is no gain."""
+        packer, dtype = self._device.packer, packable_dtype(block)
+        assert packer is not None and dtype is not None
+        base = block.offset_of(cut)
+        size = block.weight_bytes() - base
+        if self.packed_bytes.get(index) == size:
+            return None
+        raw, room = self._workspace(size, dtype)
+        slab = self._valid_slab(index, None)
+        if slab is not None:
+            raw.copy_(slab.stored)
+        else:
+            raw.zero_()  # the gaps between weights are packed too
+            for weight in block.weights[cut:]:
+                store_weight(weight, None, raw[weight.offset - base :])
+        layout = packer.encode(raw, room, dtype)
+        is_gain = layout.stored_bytes <= WORTH_PACKING * size
+        self.packed_bytes[index] = layout.stored_bytes if is_gain else size
+        return (room[: layout.stored_bytes], layout) if is_gain else None
+
+    def _workspace(self, size_bytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Device memory for packing, one piece for all blocks of a load, so that it leaves no holes among residents."""
-        if self._raw is None or self._room is None or self._raw.numel() < size_bytes:
-            self._raw = self._room = None
+        room_bytes = worst_bytes(size_bytes // dtype.itemsize, dtype)
+        if self._raw is None or self._raw.numel() < size_bytes:
+            self._raw = None
             self._raw = self._device.allocate(size_bytes)
-            self._room = self._device.allocate(worst_bytes(size_bytes // 2))
+        if self._room is None or self._room.numel() < room_bytes:
+            self._room = None
+            self._room = self._device.allocate(room_bytes)
         return self._raw[:size_bytes], self._room
 
     def finish(self) -> None:
         """End a load: give the workspace back."""
         self._raw = self._room = None
-
-    def keep(self, block: Block, cut: int, changed: Changed) -> None:
-        """Put the first `cut` weights of `block` on the device, in one piece of memory.
-
-        Only the module holds them, so that whoever puts other tensors in their place frees the memory.
-        """
-        if cut == 0:
-            return
-        memory = self._device.allocate(block.offset_of(cut))
-        for weight, tensor in block.views(memory, 0, cut, 0):
-            _store(weight, changed(weight), memory[weight.offset :])
-            weight.put(tensor)
 
     def close(self) -> None:
         self.finish()
@@ -135,18 +219,8 @@ class BlockLoader:
         self._marks.clear()
 
 
-def _is_bf16(block: Block, cut: int) -> bool:
-    codecs = [weight.codec for weight in block.weights[cut:]]
-    return all(isinstance(codec, RawCodec) and codec.dtype is torch.bfloat16 for codec in codecs)
-
-
-def _placed(streamed: StreamedBlock) -> StreamedBlock:
-    for weight, tensor in streamed.host_tensors:
-        weight.put(tensor)
-    return streamed
-
-
-def _store(weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
+def store_weight(weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
+    """Write what `weight` is to hold into `stored`."""
     source = weight.home if changed is None else changed
     piece = stored[: weight.codec.stored_bytes]
     if source.is_meta:

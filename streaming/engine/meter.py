@@ -1,134 +1,258 @@
 """Counters and timings of a stream of passes.
 
-In: what the pipeline does, as it does it. Out: readings. Times come from the events that order the work anyway; they
-are read when the same block is fetched again and its events are long past, so that measuring never waits for anything.
+In: what the pipeline does, as it does it. Out: readings. Every pass is counted. Some passes are timed: the second and
+third under a plan, when everything that happens once has happened, and every so often after them. Their events are read
+when they are long past, so that measuring never waits for anything unless asked to.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .device import Device, Event
+from .device import Device, Event, Stream
+from .forecast import Rates
 
-SMOOTHING = 0.5  # weight of the newest time against the running one
+# Passes under a plan before the first one that is timed, those timed then, and of how many one is timed later.
+WARMUP_PASSES = 1
+FIRST_TIMED = 2
+TIMED_EVERY = 16
+
+# Copies smaller than this say more of latency than of the link.
+TELLING_COPY_BYTES = 4 * 1024**2
 
 
 class Visit:
-    """The events of one block's stay on the device, from the start of its copy to the end of its compute.
+    """The events of one block's run in a timed pass; one that need not be brought runs as soon as it is asked for."""
 
-    Its slot is `free` when it is done, or, packed, as soon as it is restored elsewhere.
-    """
+    __slots__ = ("asked", "done", "index", "restored", "restored_bytes", "running")
 
-    __slots__ = ("asked", "done", "fetching", "free", "ready", "restored", "running", "was_used")
+    def __init__(self, index: int, restored_bytes: int, events: list[Event]) -> None:
+        self.index = index
+        self.restored_bytes = restored_bytes
+        self.asked, self.done = events[0], events[-1]
+        self.running, self.restored = (events[1], events[2]) if len(events) == 4 else (self.asked, self.asked)
 
-    def __init__(self, device: Device) -> None:
-        self.fetching: Event = device.event()
-        self.ready: Event = device.event()
-        self.asked: Event = device.event()
-        self.running: Event = device.event()
-        self.restored: Event = device.event()
-        self.free: Event = device.event()
-        self.done: Event = device.event()
-        self.was_used = False
+
+class Copy:
+    """The events of one block's copy in a timed pass."""
+
+    __slots__ = ("arrived", "begun", "index", "size_bytes")
+
+    def __init__(self, index: int, size_bytes: int, events: list[Event]) -> None:
+        self.index = index
+        self.size_bytes = size_bytes
+        self.begun, self.arrived = events
 
 
 @dataclass
 class BlockTimes:
-    """Running times of one block in milliseconds; None until measured."""
+    """One block in one pass, milliseconds; a block that runs several times has the sums."""
 
-    copy_ms: float | None = None
-    wait_ms: float | None = None
-    restore_ms: float | None = None
-    compute_ms: float | None = None
-    visits: int = 0
-
-    def add(self, visit: Visit) -> None:
-        """Take the times of a visit whose events are all reached.
-
-        The first visit is left out: it holds what happens once only, such as compiling a kernel.
-        """
-        self.visits += 1
-        if self.visits == 1:
-            return
-        self.copy_ms = _smooth(self.copy_ms, visit.fetching.elapsed_time(visit.ready))
-        self.wait_ms = _smooth(self.wait_ms, visit.asked.elapsed_time(visit.running))
-        self.restore_ms = _smooth(self.restore_ms, visit.running.elapsed_time(visit.restored))
-        self.compute_ms = _smooth(self.compute_ms, visit.restored.elapsed_time(visit.done))
-
-    @property
-    def is_measured(self) -> bool:
-        return self.compute_ms is not None
+    lead_ms: float = 0.0
+    """Compute between the block before and this one."""
+    wait_ms: float = 0.0
+    restore_ms: float = 0.0
+    compute_ms: float = 0.0
+    copy_ms: float = 0.0
 
 
-def _smooth(running: float | None, newest: float) -> float:
-    return newest if running is None else running + SMOOTHING * (newest - running)
+@dataclass
+class PassTimes:
+    """One timed pass, from its beginning to the beginning of the next one; milliseconds."""
+
+    pass_ms: float = 0.0
+    tail_ms: float = 0.0
+    restored_bytes: int = 0
+    copied_bytes: int = 0
+    copying_ms: float = 0.0
+    blocks: dict[int, BlockTimes] = field(default_factory=dict)
+
+    def total_ms(self, part: str) -> float:
+        """Sum of `part` (an attribute of `BlockTimes`) over the blocks."""
+        return sum(getattr(block, part) for block in self.blocks.values())
+
+    def at_best(self, other: PassTimes) -> PassTimes:
+        """These times, each compute and lead no longer than in `other`: what held one pass up says nothing."""
+        blocks = {
+            index: replace(
+                block,
+                lead_ms=min(block.lead_ms, other.blocks[index].lead_ms),
+                compute_ms=min(block.compute_ms, other.blocks[index].compute_ms),
+            )
+            if index in other.blocks
+            else block
+            for index, block in self.blocks.items()
+        }
+        return replace(self, tail_ms=min(self.tail_ms, other.tail_ms), blocks=blocks)
 
 
 @dataclass
 class PassCounts:
-    """What happened in one pass, or in all of them."""
+    """What happened in one pass, or in all of them.
+
+    A hit is a block that was fetched, or on its way, before it was asked for. A departure is one that was not
+    predicted. One that found no place, since it ran inside another block, was left on the host.
+    """
 
     moved_bytes: int = 0
     hits: int = 0
     misses: int = 0
     departures: int = 0
+    unplaced: int = 0
 
     def add(self, other: PassCounts) -> None:
-        self.moved_bytes += other.moved_bytes
-        self.hits += other.hits
-        self.misses += other.misses
-        self.departures += other.departures
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
-@dataclass
 class Meter:
-    """Counts and times for one session. A hit is a block that was fetched, or on its way, before it was asked for."""
+    """Counts and times for one session."""
 
-    device: Device
-    passes: int = 0
-    broken_passes: int = 0
-    current: PassCounts = field(default_factory=PassCounts)
-    last: PassCounts = field(default_factory=PassCounts)
-    total: PassCounts = field(default_factory=PassCounts)
-    times: dict[int, BlockTimes] = field(default_factory=dict)
-    _visits: dict[int, list[Visit]] = field(default_factory=dict)
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.passes = 0
+        self.broken_passes = 0
+        self.current = PassCounts()
+        self.last = PassCounts()
+        self.total = PassCounts()
+        self.times: PassTimes | None = None
+        """The latest timed pass; it outlives the plan under which it was timed."""
+        self.best: PassTimes | None = None
+        """The same at its best in all passes that were timed since `forget_times`, for plans."""
+        self.rates: Rates | None = None
+        self.is_timing = False
+        self._passes_of_plan = 0
+        self._visits: list[Visit] = []
+        self._copies: list[Copy] = []
+        self._begun: Event = device.event(is_timed=True)
+        self._ended: Event = device.event(is_timed=True)
+        self._is_open = self._is_closed = False
+        self._spare: list[Event] = []
 
-    def visit(self, index: int) -> Visit:
-        """Give the events for the next stay of block `index`; of two sets the one used longer ago, read first."""
-        pair = self._visits.get(index)
-        if pair is None:
-            pair = self._visits[index] = [Visit(self.device), Visit(self.device)]
-            self.times.setdefault(index, BlockTimes())
-        pair.reverse()
-        oldest = pair[0]
-        if oldest.was_used and oldest.done.query():
-            self.times[index].add(oldest)
-        oldest.was_used = False
-        return oldest
+    # -- what the pipeline tells ---------------------------------------------------------------------------------
+
+    def begin_pass(self, compute: Stream) -> None:
+        """Begin a pass, which ends the timing of the one before; decide whether this one is timed."""
+        self.close_trace(compute)
+        place = self._passes_of_plan - WARMUP_PASSES
+        self.collect(wait=0 < place < FIRST_TIMED)
+        self.is_timing = (0 <= place < FIRST_TIMED or place % TIMED_EVERY == 0) and not self._is_closed
+        if self.is_timing:
+            self._is_open = True
+            self._begun.record(compute)
+
+    def visit(self, index: int, restored_bytes: int, is_moving: bool = True) -> Visit | None:
+        """The events for a block that runs now, and of which so many bytes are restored; None in an untimed pass."""
+        if not self.is_timing:
+            return None
+        visit = Visit(index, restored_bytes, self._events(4 if is_moving else 2))
+        self._visits.append(visit)
+        return visit
+
+    def copy(self, index: int, size_bytes: int) -> Copy | None:
+        """Count a copy and give the events for it; None in a pass that is not timed."""
+        self.current.moved_bytes += size_bytes
+        if not self.is_timing:
+            return None
+        copy = Copy(index, size_bytes, self._events(2))
+        self._copies.append(copy)
+        return copy
 
     def finish_pass(self, whole: bool) -> None:
         """Close the counts of the pass; one that broke off is counted apart and leaves `last` as it was."""
         self.total.add(self.current)
         if whole:
             self.passes += 1
+            self._passes_of_plan += 1
             self.last = self.current
         else:
             self.broken_passes += 1
+            self._drop_trace()
         self.current = PassCounts()
+        self.is_timing = False
 
-    def link_share(self) -> float | None:
-        """Time the link is busy against the time the blocks take, near 1 where the link is what limits a pass.
+    def begin_plan(self) -> None:
+        """Start over with a new plan; what was measured under the old one stays until this one is measured."""
+        self._passes_of_plan = 0
+        self._drop_trace()
 
-        None until every block that streams was measured.
-        """
-        times = self.times.values()
-        if not times or not all(block.is_measured for block in times):
-            return None
-        busy_ms = sum(block.copy_ms or 0.0 for block in times)
-        taken_ms = sum(part or 0.0 for block in times for part in (block.wait_ms, block.restore_ms, block.compute_ms))
-        return busy_ms / taken_ms if taken_ms else None
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_due(self) -> bool:
+        """True when the first timed passes of a plan have run and the last of them was not read."""
+        return self._is_open and self._passes_of_plan == WARMUP_PASSES + FIRST_TIMED
+
+    def close_trace(self, compute: Stream) -> None:
+        """End the timing of the last timed pass: another one begins, or none follows."""
+        if self._is_open:
+            self._ended.record(compute)
+            self._is_open, self._is_closed = False, True
+
+    def collect(self, wait: bool = False) -> None:
+        """Read the trace of a timed pass if the device is past it; with `wait`, wait for that."""
+        if not self._is_closed:
+            return
+        if wait:
+            self._ended.synchronize()
+        elif not self._ended.query() or not all(copy.arrived.query() for copy in self._copies):
+            return
+        for copy in self._copies:
+            copy.arrived.synchronize()
+        self._read()
+        self._drop_trace()
+
+    def _read(self) -> None:
+        if not self._visits:
+            return
+        times = PassTimes(pass_ms=self._begun.elapsed_time(self._ended))
+        last = self._begun
+        for visit in self._visits:
+            block = times.blocks.setdefault(visit.index, BlockTimes())
+            block.lead_ms += last.elapsed_time(visit.asked)
+            if visit.restored is not visit.asked:
+                block.wait_ms += visit.asked.elapsed_time(visit.running)
+                block.restore_ms += visit.running.elapsed_time(visit.restored)
+            block.compute_ms += visit.restored.elapsed_time(visit.done)
+            times.restored_bytes += visit.restored_bytes
+            last = visit.done
+        times.tail_ms = last.elapsed_time(self._ended)
+        for copy in self._copies:
+            copy_ms = copy.begun.elapsed_time(copy.arrived)
+            times.blocks.setdefault(copy.index, BlockTimes()).copy_ms += copy_ms
+            if copy.size_bytes >= TELLING_COPY_BYTES:
+                times.copied_bytes += copy.size_bytes
+                times.copying_ms += copy_ms
+        self.times = times
+        self.best = times if self.best is None else times.at_best(self.best)
+        self._note_rates(times)
 
     def forget_times(self) -> None:
-        """Drop times and events: the plan they belong to is gone."""
-        self.times.clear()
-        self._visits.clear()
+        """Take note that passes take other times from now on."""
+        self.best = None
+
+    def _note_rates(self, times: PassTimes) -> None:
+        """Work out `rates`; what this pass did not show is as before, or as assumed."""
+        restore_ms = times.total_ms("restore_ms")
+        link = self.rates.link if self.rates else 0.0
+        restore = self.rates.restore if self.rates else self._device.assumed_restore
+        if times.copying_ms > 0:
+            link = times.copied_bytes / times.copying_ms
+        if times.restored_bytes and restore_ms > 0:
+            restore = times.restored_bytes / restore_ms
+        if link:
+            self.rates = Rates(link, restore, max(0.0, (self.best or times).tail_ms))
+
+    def _events(self, count: int) -> list[Event]:
+        while len(self._spare) < count:
+            self._spare.append(self._device.event(is_timed=True))
+        taken, self._spare = self._spare[:count], self._spare[count:]
+        return taken
+
+    def _drop_trace(self) -> None:
+        for visit in self._visits:
+            self._spare += {visit.asked, visit.running, visit.restored, visit.done}
+        for copy in self._copies:
+            self._spare += (copy.begun, copy.arrived)
+        self._visits, self._copies = [], []
+        self._is_open = self._is_closed = False

@@ -1,129 +1,62 @@
-"""The packed form of a 16-bit weight: every bit kept, about 0.70 of the bytes of bf16 and 0.89 of fp16. Plain torch.
+"""Packs 16-bit weights and restores them, bit for bit, in plain torch on any device. The bytes are in `packing_format`.
 
-In: bit patterns of bf16 or fp16. Out: one run of bytes, and back. `packing_triton` makes and reads the same faster.
-
-Why it is smaller: trained weights of a layer have about the same size, so of all exponents nearly all weights use seven
-neighbouring ones. Signs and mantissas look random and travel as they are. That is less to win in fp16, which has fewer
-exponents and more mantissa, and less still in fp32 (0.85), in which diffusion models rarely keep weights: left out.
-
-Version 1, little endian, for n elements in c = ceil(n / CHUNK) chunks; sections begin at multiples of 256 bytes:
-
-    header      256 B      magic b"LSPK", version u8, dtype u8, 2 B zero, n u64, c u64, escapes u64, zeros
-    chunks      8 B x c    first escape of the chunk u32, lowest exponent of its window u8, 3 B zero
-    fractions   1 B x n    sign in bit 7, the highest 7 bits of the mantissa in bits 0 to 6
-    planes      c x planes x COLUMNS words u32: three of codes, then those of the other mantissa bits, 3 for fp16
-    escapes     1 B each   exponents outside their chunk's window
-
-Four neighbouring elements are a quad; a chunk has ROWS rows of COLUMNS quads. A plane has one bit of each element: that
-of element j of the quad in a row and column is bit 8 * j + row of word `column`, so that one shift and one mask give a
-bit of each of four elements, a byte apart. The lowest bit is in the first plane. Codes 0 to 6 count up from the
-window's lowest exponent, 7 says that the exponent is among the escapes. Escapes are in the order of chunk, column, row,
-element: the first of a column is found by a prefix sum over the columns' escape counts, far fewer than elements.
+In: bit patterns of bf16 or fp16. Out: one run of bytes, and back. Slow: `packing_triton` does the same on a card.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import NamedTuple, Protocol
 
 import torch
 
-from .codec import align
+from .packing_format import (
+    CHUNK,
+    CHUNK_ENTRY_BYTES,
+    COLUMNS,
+    ESCAPE_BYTES,
+    FORMATS,
+    HEADER_BYTES,
+    LANES,
+    LEVEL_BITS,
+    PACKABLE,
+    QUAD,
+    ROWS,
+    SPARE_WORDS,
+    CorruptPacking,
+    Format,
+    Layout,
+    expected_share,
+    header,
+    layout_of,
+    read_layout,
+    worst_bytes,
+)
 
-HEADER_FIELDS = "<4sBB2xQQQ"
-MAGIC = b"LSPK"
-VERSION = 1
-ROWS = 8
-COLUMNS = 128
-QUAD = 4
-CHUNK = ROWS * COLUMNS * QUAD
-WINDOW = 7
-ESCAPE = 7
-CODE_BITS = 3
-HEADER_BYTES = 256
-CHUNK_ENTRY_BYTES = 8
+__all__ = [
+    "PACKABLE",
+    "CorruptPacking",
+    "Layout",
+    "Packer",
+    "PlainPacker",
+    "expected_share",
+    "pack",
+    "read_layout",
+    "unpack",
+    "worst_bytes",
+]
 
-# Encoding takes about 60 bytes of scratch an element; batches keep it bounded, see `SCRATCH_BYTES`.
+# Either way takes about 60 bytes of scratch an element; batches keep it bounded.
 BATCH_CHUNKS = 256
 SCRATCH_BYTES = 60 * BATCH_CHUNKS * CHUNK
 
-
-class CorruptPacking(ValueError):
-    """The bytes are no packed weight of this version."""
-
-
-class Format(NamedTuple):
-    """How the bits of a dtype are divided; `number` is its name in the header."""
-
-    number: int
-    exponent_bits: int
-    low_bits: int
-    """Mantissa bits that no fraction byte has room for."""
-    expected_share: float
-    """Measured on normal weights of spread 0.02."""
-
-    @property
-    def planes(self) -> int:
-        return CODE_BITS + self.low_bits
-
-    @property
-    def exponents(self) -> int:
-        return 1 << self.exponent_bits
-
-
-FORMATS = {torch.bfloat16: Format(0, 8, 0, 0.700), torch.float16: Format(1, 5, 3, 0.887)}
-PACKABLE: tuple[torch.dtype, ...] = tuple(FORMATS)
-
-
-def expected_share(dtype: torch.dtype) -> float:
-    """The share of its bytes that a typical trained weight of a packable `dtype` packs to."""
-    return FORMATS[dtype].expected_share
-
-
-class Layout(NamedTuple):
-    """Where the sections of a packed weight lie, in bytes from its start."""
-
-    elements: int
-    chunks: int
-    escapes: int
-    dtype: torch.dtype
-
-    @property
-    def format(self) -> Format:
-        return FORMATS[self.dtype]
-
-    @property
-    def table(self) -> int:
-        return HEADER_BYTES
-
-    @property
-    def fractions(self) -> int:
-        return self.table + align(self.chunks * CHUNK_ENTRY_BYTES)
-
-    @property
-    def planes(self) -> int:
-        return self.fractions + align(self.elements)
-
-    @property
-    def escape_list(self) -> int:
-        return self.planes + align(self.plane_bytes)
-
-    @property
-    def plane_bytes(self) -> int:
-        return self.chunks * self.format.planes * COLUMNS * 4
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.escape_list + align(self.escapes)
-
-
-def layout_of(elements: int, escapes: int, dtype: torch.dtype) -> Layout:
-    return Layout(elements, -(-elements // CHUNK), escapes, dtype)
-
-
-def worst_bytes(elements: int, dtype: torch.dtype) -> int:
-    """Bytes that suffice for any weight of so many elements: every exponent an escape."""
-    return layout_of(elements, elements, dtype).stored_bytes
+# An element's codes of all levels side by side, the first lowest, by how far its exponent is above its chunk's base.
+SECOND = 0b11
+THIRD = 0b10_11
+CODE_OF = {0: 0, 1: 1, 2: 2, 3: 0b00_11, -1: 0b01_11, -2: 0b11_11}
+CODE_OF |= {k: THIRD | (k + 8 if k < 0 else k + 2) << 4 for k in (*range(-8, -2), 4, 5)}
+LEVEL_PLACES = (0, 2, 4)
+ESCAPE = 0x80
+CODES = tuple(CODE_OF.get(k, ESCAPE) for k in range(-255, 256))
 
 
 class Packer(Protocol):
@@ -151,99 +84,175 @@ class PlainPacker:
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Pack `weight` (bf16 or fp16, any shape) into uint8 [stored_bytes] on its device.
 
-    Raises TypeError for another dtype. Needs at most `SCRATCH_BYTES` of memory besides input and output.
+    Raises TypeError for another dtype. Needs at most `SCRATCH_BYTES` of memory besides input and twice the output.
     """
     if weight.dtype not in PACKABLE:
         raise TypeError(f"only bfloat16 and float16 are packed, not {weight.dtype}")
-    form = FORMATS[weight.dtype]
     bits = weight.detach().contiguous().view(torch.int16).reshape(-1)
-    batches = [_pack_chunks(batch, form) for batch in bits.split(BATCH_CHUNKS * CHUNK)]
-    layout = layout_of(bits.numel(), sum(batch.escapes.numel() for batch in batches), weight.dtype)
+    batches = [_pack_chunks(batch, FORMATS[weight.dtype]) for batch in bits.split(BATCH_CHUNKS * CHUNK) if len(batch)]
+    layout = layout_of(bits.numel(), sum(batch.runs.numel() for batch in batches), weight.dtype)
     packed = torch.zeros(layout.stored_bytes, dtype=torch.uint8, device=bits.device)
     packed[:HEADER_BYTES].copy_(header(layout))
-    table = packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].view(layout.chunks, CHUNK_ENTRY_BYTES)
-    planes = packed[layout.planes :][: layout.plane_bytes].view(torch.int32).view(-1, form.planes, COLUMNS)
-    chunk, escape = 0, 0
-    for number, batch in enumerate(batches):
-        count = batch.lowest.numel()
-        start = layout.fractions + number * BATCH_CHUNKS * CHUNK
-        packed[start : start + batch.fractions.numel()] = batch.fractions
-        table[chunk : chunk + count, :4] = (batch.first_escapes + escape).to(torch.int32).view(torch.uint8).view(-1, 4)
-        table[chunk : chunk + count, 4] = batch.lowest.to(torch.uint8)
-        planes[chunk : chunk + count] = batch.planes
-        start = layout.escape_list + escape
-        packed[start : start + batch.escapes.numel()] = batch.escapes
-        chunk, escape = chunk + count, escape + batch.escapes.numel()
+    table, fractions, planes, runs = layout.table, layout.fractions, layout.planes, layout.runs
+    for batch in batches:
+        batch.table[:, 0] += (runs - layout.runs) // 4
+        table = _put(packed, table, batch.table)
+        fractions = _put(packed, fractions, batch.fractions)
+        planes = _put(packed, planes, batch.planes)
+        runs = _put(packed, runs, batch.runs)
     return packed
 
 
+def _put(packed: torch.Tensor, start: int, part: torch.Tensor) -> int:
+    packed[start : start + part.nbytes] = part.contiguous().view(torch.uint8).reshape(-1)
+    return start + part.nbytes
+
+
 class _Batch(NamedTuple):
+    table: torch.Tensor
     fractions: torch.Tensor
-    lowest: torch.Tensor
-    first_escapes: torch.Tensor
     planes: torch.Tensor
-    escapes: torch.Tensor
+    runs: torch.Tensor
 
 
 def _pack_chunks(bits: torch.Tensor, form: Format) -> _Batch:
-    """Pack int16 patterns [n], n at most a batch; the last chunk may be short."""
-    fractions = ((bits >> 8) & 0x80 | (bits >> form.low_bits) & 0x7F).to(torch.uint8)
+    """Pack int16 patterns [n], n at most a batch; the last chunk may be short. Words of runs count from the batch's."""
     chunks = -(-bits.numel() // CHUNK)
-    exponents = (bits >> (15 - form.exponent_bits)) & (form.exponents - 1)
-    lowest = _windows(exponents, chunks, form.exponents)
-    codes = exponents - lowest.repeat_interleave(CHUNK)[: bits.numel()]
-    codes = torch.where((codes >= 0) & (codes < WINDOW), codes, ESCAPE)
     missing = chunks * CHUNK - bits.numel()
-    # What pads the last chunk must not look like an escape.
-    codes = _by_column(torch.nn.functional.pad(codes, (0, missing)), chunks)
-    exponents = _by_column(torch.nn.functional.pad(exponents, (0, missing)), chunks)
-    rest = _by_column(torch.nn.functional.pad(bits, (0, missing)), chunks)
-    is_escape = codes == ESCAPE
-    counts = is_escape.sum(dim=(1, 2, 3))
+    padded = torch.nn.functional.pad(bits, (0, missing))
+    patterns = _by_place(padded)
+    exponents = (patterns >> (15 - form.exponent_bits)) & ((1 << form.exponent_bits) - 1)
+    base = _bases(exponents, missing)
+    codes = torch.tensor(CODES, dtype=torch.uint8, device=bits.device)[exponents + (255 - base).view(-1, 1)]
+    codes *= _by_place(torch.arange(padded.numel(), device=bits.device) < bits.numel())
+    is_whole = _run_words(*_level_counts(codes)).sum(1) > CHUNK // 4
+    codes = torch.where(is_whole.view(-1, 1), ESCAPE, codes)
+    counts = _level_counts(codes)
+    words = _run_words(*counts)
+    starts = _starts(words)
+    runs = torch.zeros((int(words.sum()), 32), dtype=torch.bool, device=bits.device)
+    for level in (1, 2):
+        found, at, strides = _run_bits(_is_in_level(codes, level), counts[level - 1], starts[:, level - 1])
+        held = codes.view(-1)[found] >> LEVEL_PLACES[level]
+        for bit in range(LEVEL_BITS[level]):
+            runs.view(-1)[at + bit * strides] = (held >> bit & 1).bool()
+    runs = _words(runs)
+    found = (codes == ESCAPE).view(-1).nonzero().view(-1)
+    at, place_at = _escape_bytes(found // CHUNK, counts[2], starts[:, 2])
+    run_bytes = runs.view(torch.uint8)
+    run_bytes[at] = exponents.view(-1)[found].to(torch.uint8)
+    with_place = (place_at >= 0).nonzero().view(-1)
+    for byte in range(2):
+        run_bytes[place_at[with_place] + byte] = (found[with_place] % CHUNK >> 8 * byte & 0xFF).to(torch.uint8)
+    entry = [starts[:, 0], counts[0] | counts[1] << 16, counts[2] | (base - 8) << 16]
+    lanes = padded.view(-1, QUAD)[: -(-bits.numel() // QUAD), list(LANES)].reshape(-1)
     return _Batch(
-        fractions,
-        lowest,
-        counts.cumsum(0) - counts,
-        torch.cat([_planes(codes, CODE_BITS), _planes(rest, form.low_bits)], dim=1),
-        exponents[is_escape].to(torch.uint8),
+        torch.stack(entry, dim=1).to(torch.int32),
+        ((lanes >> 8) & 0x80 | (lanes >> form.low_bits) & 0x7F).to(torch.uint8),
+        torch.cat([_planes(codes, LEVEL_BITS[0]), _planes(patterns, form.low_bits)], dim=1),
+        runs,
     )
 
 
+def _is_in_level(codes: torch.Tensor, level: int) -> torch.Tensor:
+    """Which elements have bits of a level: those whose codes say so in the level before."""
+    return codes & (1 << LEVEL_PLACES[level]) - 1 == (THIRD if level == 2 else SECOND)
+
+
+def _level_counts(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Elements of each chunk with a second level, with a third, and escapes."""
+    second, third = _is_in_level(codes, 1), _is_in_level(codes, 2)
+    return second.sum(1), third.sum(1), (codes == ESCAPE).sum(1)
+
+
+def _by_place(elements: torch.Tensor) -> torch.Tensor:
+    """Elements [chunks * CHUNK] as [chunks, CHUNK] in the order of their places."""
+    lanes = elements.view(-1, ROWS, COLUMNS, QUAD)[..., list(LANES)]
+    return lanes.permute(0, 2, 3, 1).reshape(-1, CHUNK)
+
+
+def _by_element(places: torch.Tensor) -> torch.Tensor:
+    """The reverse of `_by_place`."""
+    lanes = places.view(-1, COLUMNS, QUAD, ROWS).permute(0, 3, 1, 2)
+    return lanes[..., list(LANES)].reshape(-1)
+
+
+def _bases(exponents: torch.Tensor, missing: int) -> torch.Tensor:
+    """For each chunk the base for which its elements, less zeros at the end, take the fewest bits: int64 [chunks]."""
+    chunks = exponents.shape[0]
+    chunk_of = torch.arange(chunks, device=exponents.device).view(-1, 1) * 256
+    counts = torch.bincount((chunk_of + exponents).view(-1), minlength=chunks * 256).view(chunks, 256)
+    counts[-1, 0] -= missing
+    sums = torch.nn.functional.pad(counts.cumsum(1), (9, 6))
+    sums[:, -6:] = sums[:, -7:-6]
+
+    def near(least: int, most: int) -> torch.Tensor:
+        """How many exponents are `least` to `most` above each base."""
+        return sums[:, 9 + most :][:, :256] - sums[:, 8 + least :][:, :256]
+
+    first, second, third = near(0, 2), near(-2, 3), near(-8, 5)
+    # What is outside all levels takes the bits of an escape; what is within them is spared some or all of that.
+    spared = (8 * ESCAPE_BYTES - LEVEL_BITS[1] - LEVEL_BITS[2]) * third + LEVEL_BITS[2] * second + LEVEL_BITS[1] * first
+    return spared.argmax(dim=1)
+
+
+def _run_words(second: torch.Tensor, third: torch.Tensor, escapes: torch.Tensor) -> torch.Tensor:
+    """Words that each chunk's second level, third level and escapes take, from how many they are: [chunks, 3]."""
+    escape_bytes = torch.where(escapes == CHUNK, CHUNK, ESCAPE_BYTES * escapes)
+    return torch.stack(
+        [LEVEL_BITS[1] * ((second + 31) // 32), LEVEL_BITS[2] * ((third + 31) // 32), (escape_bytes + 3) // 4], dim=1
+    )
+
+
+def _starts(words: torch.Tensor) -> torch.Tensor:
+    """Where those begin: [chunks, 3]."""
+    return (words.view(-1).cumsum(0) - words.view(-1)).view(-1, 3)
+
+
+def _run_bits(mask: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The elements of a level, of which chunks have `counts`; each one's bit in the first run; bits from run to run.
+
+    The elements are counted through all chunks, all int64.
+    """
+    found = mask.view(-1).nonzero().view(-1)
+    chunk = found // CHUNK
+    return found, starts[chunk] * 32 + _ranks(chunk, counts), ((counts + 31) // 32 * 32)[chunk]
+
+
+def _ranks(chunk: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Which of its chunk each is, of elements in order."""
+    return torch.arange(chunk.numel(), device=chunk.device) - (counts.cumsum(0) - counts)[chunk]
+
+
+def _escape_bytes(
+    chunk: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For escapes of chunks, in order, the bytes in the runs of their exponents and of their places, -1 for none."""
+    rank, begin, has_place = _ranks(chunk, counts), 4 * starts[chunk], counts[chunk] != CHUNK
+    return begin + rank + 2 * counts[chunk] * has_place, torch.where(has_place, begin + 2 * rank, -1)
+
+
+def _words(bits: torch.Tensor) -> torch.Tensor:
+    """bool [..., 32] as int32 [...], the first in the lowest bit."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return (bits.to(torch.int32) << places).sum(-1, dtype=torch.int32)
+
+
 def _planes(values: torch.Tensor, count: int) -> torch.Tensor:
-    """The lowest `count` bits of values [chunks, COLUMNS, ROWS, QUAD] as int32 [chunks, count, COLUMNS]."""
-    words = torch.empty((values.shape[0], count, COLUMNS), dtype=torch.int32, device=values.device)
-    places = _bit_places(values.device)
+    """The lowest `count` bits of values [chunks, CHUNK] as int32 [chunks, count, COLUMNS]."""
+    planes = torch.empty((values.shape[0], count, COLUMNS), dtype=torch.int32, device=values.device)
     for plane in range(count):
-        words[:, plane] = (((values >> plane) & 1).to(torch.int64) << places).sum(dim=(2, 3)).to(torch.int32)
-    return words
+        planes[:, plane] = _words(values.view(-1, COLUMNS, 32) >> plane & 1)
+    return planes
 
 
 def _values(planes: torch.Tensor) -> torch.Tensor:
-    """What `_planes` was given, int64, in all bits that it took."""
-    words = planes.to(torch.int64)[..., None, None]
-    values = torch.zeros((planes.shape[0], COLUMNS, ROWS, QUAD), dtype=torch.int64, device=planes.device)
+    """What `_planes` was given, uint8, in all bits that it took."""
+    values = torch.zeros((planes.shape[0], COLUMNS, 32), dtype=torch.uint8, device=planes.device)
+    places = torch.arange(32, dtype=torch.int32, device=planes.device)
     for plane in range(planes.shape[1]):
-        values += ((words[:, plane] >> _bit_places(planes.device)) & 1) << plane
-    return values
-
-
-def _by_column(elements: torch.Tensor, chunks: int) -> torch.Tensor:
-    """View elements [chunks * CHUNK] as [chunks, COLUMNS, ROWS, QUAD], the order in which escapes are listed."""
-    return elements.view(chunks, ROWS, COLUMNS, QUAD).transpose(1, 2)
-
-
-def _bit_places(device: torch.device) -> torch.Tensor:
-    """Which bit of its column's word belongs to an element: int64 [ROWS, QUAD]."""
-    row = torch.arange(ROWS, device=device).view(ROWS, 1)
-    return row + 8 * torch.arange(QUAD, device=device)
-
-
-def _windows(exponents: torch.Tensor, chunks: int, bins: int) -> torch.Tensor:
-    """For each chunk the lowest exponent, of `bins`, of the seven neighbours that hold most of it: int16 [chunks]."""
-    chunk_of = torch.arange(exponents.numel(), device=exponents.device) // CHUNK
-    counts = torch.bincount(chunk_of * bins + exponents, minlength=chunks * bins).view(chunks, bins)
-    sums = torch.nn.functional.pad(counts.cumsum(dim=1), (1, 0))
-    return (sums[:, WINDOW:] - sums[:, :-WINDOW]).argmax(dim=1).to(torch.int16)
+        values |= (planes[:, plane, :, None] >> places & 1).to(torch.uint8) << plane
+    return values.view(-1, CHUNK)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -252,50 +261,61 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     Raises CorruptPacking when the bytes contradict themselves; nothing outside `packed` is ever read.
     """
     layout = read_layout(packed)
-    form = layout.format
-    table = packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].reshape(layout.chunks, CHUNK_ENTRY_BYTES)
-    first_escapes = table[:, :4].contiguous().view(torch.int32).view(-1)
+    table = packed[layout.table :][: layout.table_bytes].clone().view(torch.int32)
     planes = packed[layout.planes :][: layout.plane_bytes].clone().view(torch.int32)
-    planes = planes.view(layout.chunks, form.planes, COLUMNS)
-    codes = _values(planes[:, :CODE_BITS])
-    is_escape = codes == ESCAPE
-    counts = is_escape.sum(dim=(1, 2, 3))
-    if not torch.equal(first_escapes.to(torch.int64), counts.cumsum(0) - counts):
-        raise CorruptPacking("the chunk table does not match the escapes")
-    if int(counts.sum()) != layout.escapes:
-        raise CorruptPacking(f"{int(counts.sum())} escapes are used, the header says {layout.escapes}")
-    exponents = codes + table[:, 4].to(torch.int64).view(-1, 1, 1, 1)
-    exponents[is_escape] = packed[layout.escape_list :][: layout.escapes].to(torch.int64)
-    exponents &= form.exponents - 1  # corrupt ones must not reach the sign
-    exponents = exponents << (15 - form.exponent_bits) | _values(planes[:, CODE_BITS:])
-    fractions = packed[layout.fractions :][: layout.elements].to(torch.int32)
-    bits = exponents.transpose(1, 2).reshape(-1)[: layout.elements].to(torch.int32)
-    bits |= (fractions & 0x80) << 8 | (fractions & 0x7F) << form.low_bits
+    runs = packed[layout.runs :][: 4 * layout.words].clone().view(torch.int32)
+    table, planes = table.view(-1, CHUNK_ENTRY_BYTES // 4), planes.view(-1, layout.format.planes, COLUMNS)
+    rest, seen = [torch.empty(0, dtype=torch.int32, device=packed.device)], 0
+    for first in range(0, layout.chunks, BATCH_CHUNKS):
+        batch = slice(first, first + BATCH_CHUNKS)
+        bits, words = _unpack_rest(table[batch].to(torch.int64), planes[batch], runs, seen, layout)
+        rest.append(bits)
+        seen += words
+    if seen != layout.words - SPARE_WORDS:
+        raise CorruptPacking(f"{seen} words of runs are used, the header says {layout.words - SPARE_WORDS}")
+    fractions = packed[layout.fractions :][: layout.quads * QUAD].view(-1, QUAD)[:, list(LANES)].reshape(-1)
+    fractions = fractions[: layout.elements].to(torch.int32)
+    bits = (fractions & 0x80) << 8 | (fractions & 0x7F) << layout.format.low_bits
+    bits |= torch.cat(rest)[: layout.elements]
     return bits.to(torch.int16).view(layout.dtype)
 
 
-def header(layout: Layout) -> torch.Tensor:
-    counts = (layout.elements, layout.chunks, layout.escapes)
-    fixed = struct.pack(HEADER_FIELDS, MAGIC, VERSION, layout.format.number, *counts)
-    return torch.frombuffer(bytearray(fixed.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
+def _unpack_rest(
+    entries: torch.Tensor, planes: torch.Tensor, runs: torch.Tensor, seen: int, layout: Layout
+) -> tuple[torch.Tensor, int]:
+    """Exponents and low bits in their places in a pattern, int32 [chunks * CHUNK], and the words of runs they took.
 
-
-def read_layout(packed: torch.Tensor) -> Layout:
-    """Check the header of `packed` against its size and give where everything lies.
-
-    Raises CorruptPacking.
+    `runs` are all there are, of which `seen` are the chunks' before.
     """
-    if packed.numel() < HEADER_BYTES:
-        raise CorruptPacking(f"{packed.numel()} bytes are too few for a header")
-    head = packed[:HEADER_BYTES].cpu().numpy().tobytes()
-    magic, version, number, elements, chunks, escapes = struct.unpack_from(HEADER_FIELDS, head)
-    dtype = {form.number: dtype for dtype, form in FORMATS.items()}.get(number)
-    if magic != MAGIC or version != VERSION or dtype is None:
-        raise CorruptPacking(f"not a packed weight of version {VERSION}: it begins with {head[:6]!r}")
-    layout = layout_of(elements, escapes, dtype)
-    if chunks != layout.chunks or escapes > elements or layout.stored_bytes > packed.numel():
-        raise CorruptPacking(
-            f"the header speaks of {elements} elements in {chunks} chunks with {escapes} escapes, which do not fit "
-            f"{packed.numel()} bytes"
-        )
-    return layout
+    form, runs = layout.format, runs[seen : layout.words - SPARE_WORDS]
+    counts = (entries[:, 1] & 0xFFFF, entries[:, 1] >> 16 & 0xFFFF, entries[:, 2] & 0xFFFF)
+    words = _run_words(*counts)
+    starts = _starts(words)
+    if not torch.equal(entries[:, 0], starts[:, 0] + seen) or int(words.sum()) > runs.numel():
+        raise CorruptPacking("the chunk table does not match the runs")
+    if int(counts[2].max()) > CHUNK:
+        raise CorruptPacking("a chunk has more escapes than elements")
+    codes = _values(planes[:, : LEVEL_BITS[0]])
+    for level in (1, 2):
+        mask = _is_in_level(codes, level)
+        if not torch.equal(mask.sum(1), counts[level - 1]):
+            raise CorruptPacking(f"the chunk table does not match level {level + 1}")
+        found, at, strides = _run_bits(mask, counts[level - 1], starts[:, level - 1])
+        for bit in range(LEVEL_BITS[level]):
+            places = at + bit * strides
+            held = (runs[places // 32] >> (places % 32).to(torch.int32) & 1).to(torch.uint8)
+            codes.view(-1)[found] |= held << LEVEL_PLACES[level] + bit
+    k = torch.zeros(256, dtype=torch.int32)
+    k[list(CODE_OF.values())] = torch.tensor(list(CODE_OF), dtype=torch.int32)
+    exponents = k.to(codes.device)[codes.to(torch.int64)] + 8 + (entries[:, 2:] >> 16).to(torch.int32)
+    chunk = torch.arange(len(entries), device=codes.device).repeat_interleave(counts[2])
+    at, place_at = _escape_bytes(chunk, counts[2], starts[:, 2])
+    run_bytes = runs.view(torch.uint8)
+    low, high = (run_bytes[place_at.clamp_min(0) + byte].to(torch.int64) for byte in range(2))
+    place = torch.where(place_at >= 0, low | high << 8, _ranks(chunk, counts[2]))
+    if (place >= CHUNK).any():
+        raise CorruptPacking("an escape has no place in its chunk")
+    exponents[chunk, place] = run_bytes[at].to(torch.int32)
+    exponents &= (1 << form.exponent_bits) - 1  # corrupt ones must not reach the sign
+    values = exponents << (15 - form.exponent_bits) | _values(planes[:, LEVEL_BITS[0] :])
+    return _by_element(values), int(words.sum())

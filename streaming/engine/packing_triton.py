@@ -1,10 +1,12 @@
-"""The fast coder of packed weights, as Triton kernels. The format and its plain twin are in `packing`.
+"""Restores packed weights on a card by a Triton kernel. The format is in `packing_format`, the plain twin in `packing`.
 
 In: bit patterns or packed bytes on a CUDA device. Out: packed bytes, or bit patterns in memory the caller gives. One
-program works on one chunk. LOW_BITS, a format's mantissa bits outside the fraction byte, is 0 for bf16, which has no
-instruction for them then, and 3 for fp16.
+program works on one chunk, one thread on one column of it.
 
-Decoding is bound by integer arithmetic, not by memory, so it works on the four elements of a quad at once, a byte each.
+Restoring is bound by integer arithmetic before it is by memory. So columns' words are brought to the same few planes
+whatever the level of their codes, and a row of quads is then made from bytes, four elements at once. Escapes are few
+and are written over what the rest left in their places. LOW_BITS, a format's mantissa bits outside the fraction byte,
+is 0 for bf16, which has no instruction for them then, and 3 for fp16.
 """
 
 from __future__ import annotations
@@ -13,236 +15,154 @@ import torch
 import triton
 import triton.language as tl
 
-from .packing import (
-    CHUNK,
-    CHUNK_ENTRY_BYTES,
-    COLUMNS,
-    ESCAPE,
-    FORMATS,
-    HEADER_BYTES,
-    QUAD,
-    ROWS,
-    WINDOW,
-    Layout,
-    header,
-    layout_of,
-    worst_bytes,
-)
+from .packing_bits import count_bits, flipped, fours, lane_counts, lane_moves, lane_reach, spread
+from .packing_encode import encode
+from .packing_format import COLUMNS, QUAD, Layout
 
-DECODE_WARPS = 2
-ENCODE_WARPS = 4
+DECODE_WARPS = 1
 
 
 @triton.jit
-def _count_bits(word):
-    """Set bits of each uint32, by the usual sums of neighbours; Triton has no portable instruction for it."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def _next_escapes(escape_list, rank, count, escapes, HELD: tl.constexpr):
-    """The next HELD escapes of each column as bytes of a uint64, zero where there are fewer than that."""
-    held = tl.zeros_like(rank).to(tl.uint64)
-    for k in tl.static_range(HELD):
-        # Ranks come from the bytes; the bound holds whatever they are.
-        inside = (k < count) & (rank + k >= 0) & (rank + k < escapes)
-        held |= tl.load(escape_list + rank + k, mask=inside, other=0).to(tl.uint64) << (8 * k)
-    return held
-
-
-@triton.jit
-def _two(word, LOW: tl.constexpr):
-    """Two neighbouring bytes of `word`, the lower pair or the upper, each in the low half of 16 bits."""
-    if LOW:
-        return (word & 0xFF) | ((word & 0xFF00) << 8)
-    else:
-        return ((word >> 16) & 0xFF) | ((word >> 8) & 0xFF0000)
-
-
-@triton.jit
-def _join(fraction, rest, LOW_BITS: tl.constexpr):
-    """Two patterns in a uint32, each from a fraction and a `rest` (exponent, low bits) in the low byte of its half."""
-    if LOW_BITS == 0:
-        return ((fraction & 0x00800080) << 8) | (rest << 7) | (fraction & 0x007F007F)
-    else:
-        return (
-            ((fraction & 0x00800080) << 8)
-            | ((rest & 0x00F800F8) << 7)
-            | ((fraction & 0x007F007F) << 3)
-            | (rest & 0x00070007)
-        )
-
-
-@triton.jit
-def _plane(planes, number: tl.constexpr, column):
-    """The words of one plane: uint32 [COLUMNS]."""
+def _load_plane(planes, number: tl.constexpr, column):
     return tl.load(planes + number * column.shape[0] + column).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _values(low, middle, high, row: tl.constexpr):
-    """The 3-bit values of a row's quads, a byte each."""
-    value = (low >> row) & 0x01010101
-    value |= ((middle >> row) & 0x01010101) << 1
-    value |= ((high >> row) & 0x01010101) << 2
-    return value
+def _load_run(runs, word, shift, words):
+    """32 bits from bit `shift` of each `word` on; within `words`, of which there are two at least, whatever it says."""
+    word = tl.minimum(word.to(tl.uint32, bitcast=True), (words - 2).to(tl.uint32))
+    low = tl.load(runs + word).to(tl.uint32, bitcast=True)
+    high = tl.load(runs + word + 1).to(tl.uint32, bitcast=True)
+    return ((low.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> shift.to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
+def _load_row(fractions, first, row: tl.constexpr, quads):
+    index = first + row * first.shape[0]
+    return tl.load(fractions + index, mask=index < quads, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _store_row(out, first, row: tl.constexpr, quads, fraction, fours, lowest, low_fours, LOW_BITS: tl.constexpr):
+    """Put the patterns of one row: lanes 0 and 2 make the first word of a quad, lanes 1 and 3 the second."""
+    rest = ((fours >> (row & 4)) & 0x0F0F0F0F) + lowest
+    if LOW_BITS == 0:
+        one = ((fraction << 8) & 0x80008000) | ((rest << 7) & 0x7F807F80) | (fraction & 0x007F007F)
+        two = (fraction & 0x80008000) | ((rest >> 1) & 0x7F807F80) | ((fraction >> 8) & 0x007F007F)
+    else:
+        rest = (rest << 3) | ((low_fours >> (row & 4)) & 0x07070707)
+        one = ((fraction << 8) & 0x80008000) | ((rest << 7) & 0x7C007C00)
+        one |= ((fraction << 3) & 0x03F803F8) | (rest & 0x00070007)
+        two = (fraction & 0x80008000) | ((rest >> 1) & 0x7C007C00)
+        two |= ((fraction >> 5) & 0x03F803F8) | ((rest >> 8) & 0x00070007)
+    index = first + row * first.shape[0]
+    both = one.to(tl.uint64) | (two.to(tl.uint64) << 32)
+    tl.store(out + index, both.to(tl.int64, bitcast=True), mask=index < quads)
+
+
+@triton.jit
+def _patch(chunk, planes, fractions, runs, start, escapes, out, quads, words, column, LOW_BITS: tl.constexpr):
+    """Put the patterns of a chunk's escapes, which are listed from the word `start` on."""
+    COLUMNS: tl.constexpr = column.shape[0]
+    is_whole = escapes == 32 * COLUMNS
+    end = tl.where(is_whole, escapes, 3 * escapes)
+    escapes = tl.where((start >= 0) & (start <= words - ((end + 3) >> 2)), escapes, 0)
+    places = (runs + start).to(tl.pointer_type(tl.uint16))
+    exponents = (runs + start).to(tl.pointer_type(tl.uint8)) + tl.where(is_whole, 0, 2 * escapes)
+    number = 0
+    while number < escapes:
+        index = number + column
+        is_there = index < escapes
+        place = tl.load(places + index, mask=is_there & (escapes != 32 * COLUMNS), other=0).to(tl.int32)
+        place = tl.where(is_whole, index, place)
+        exponent = tl.load(exponents + index, mask=is_there, other=0).to(tl.int32)
+        lane = (place >> 3) & 3
+        quad = (chunk * 8 + (place & 7)) * COLUMNS + (place >> 5)
+        is_there &= (place < 32 * COLUMNS) & (quad < quads)
+        fraction = tl.load(fractions.to(tl.pointer_type(tl.uint8)) + quad * 4 + lane, mask=is_there, other=0)
+        fraction = fraction.to(tl.int32)
+        pattern = ((fraction & 0x80) << 8) | (exponent << (7 + LOW_BITS)) | ((fraction & 0x7F) << LOW_BITS)
+        for bit in tl.static_range(LOW_BITS):
+            word = tl.load(planes + (2 + bit) * COLUMNS + (place >> 5), mask=is_there, other=0)
+            pattern |= ((word >> (place & 31)) & 1) << bit
+        element = quad * 4 + (((lane & 1) << 1) | (lane >> 1))
+        tl.store(out.to(tl.pointer_type(tl.int16)) + element, pattern.to(tl.int16), mask=is_there)
+        number += COLUMNS
 
 
 @triton.jit
 def decode_kernel(
-    table,  # int32 [chunks, 2]: first escape; lowest exponent in the low byte
+    table,  # int32 [chunks, 3]: first word of runs; second and third level's elements; escapes, base less 8
     fractions,  # uint32 [quads]
-    planes,  # uint32 [chunks, 3 + LOW_BITS, COLUMNS]
-    escape_list,  # uint8 [escapes]
+    planes,  # uint32 [chunks, 2 + LOW_BITS, COLUMNS]
+    runs,  # uint32 [words]
     out,  # int64 [quads]
     quads,
-    escapes,
-    ROWS: tl.constexpr,
+    words,
     COLUMNS: tl.constexpr,
     LOW_BITS: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
-    escape = tl.load(table + chunk * 2)
-    lowest = (tl.load(table + chunk * 2 + 1) & 0xFF).to(tl.uint32) * 0x01010101
-    planes += chunk * (3 + LOW_BITS) * COLUMNS
-    low, middle, high = _plane(planes, 0, column), _plane(planes, 1, column), _plane(planes, 2, column)
+    first = chunk * (8 * COLUMNS) + column
+    planes += chunk * (2 + LOW_BITS) * COLUMNS
+    a, b = _load_plane(planes, 0, column), _load_plane(planes, 1, column)
+    start = tl.load(table + chunk * 3)
+    counts = tl.load(table + chunk * 3 + 1)
+    last = tl.load(table + chunk * 3 + 2)
+    # All rows are on their way before the first is stored: no load passes a store.
+    row_0, row_1 = _load_row(fractions, first, 0, quads), _load_row(fractions, first, 1, quads)
+    row_2, row_3 = _load_row(fractions, first, 2, quads), _load_row(fractions, first, 3, quads)
+    row_4, row_5 = _load_row(fractions, first, 4, quads), _load_row(fractions, first, 5, quads)
+    row_6, row_7 = _load_row(fractions, first, 6, quads), _load_row(fractions, first, 7, quads)
+
+    second = a & b
+    in_lanes = lane_counts(second)
+    count = count_bits(in_lanes)
+    bit = tl.cumsum(count, 0) - count
+    word, shift, stride = start + (bit >> 5), bit & 31, ((counts & 0xFFFF) + 31) >> 5
+    reach = lane_reach(in_lanes)
+    one, two, four = lane_moves(second)
+    x = spread(_load_run(runs, word, shift, words), second, reach, one, two, four)
+    y = spread(_load_run(runs, word + stride, shift, words), second, reach, one, two, four)
+    start += 2 * stride
+
+    third = y & flipped(x)
+    in_lanes = lane_counts(third)
+    count = count_bits(in_lanes)
+    bit = tl.cumsum(count, 0) - count
+    word, shift, stride = start + (bit >> 5), bit & 31, (((counts >> 16) & 0xFFFF) + 31) >> 5
+    reach = lane_reach(in_lanes)
+    one, two, four = lane_moves(third)
+    w = spread(_load_run(runs, word, shift, words), third, reach, one, two, four)
+    v = spread(_load_run(runs, word + stride, shift, words), third, reach, one, two, four)
+    u = spread(_load_run(runs, word + 2 * stride, shift, words), third, reach, one, two, four)
+    start += 3 * stride
+
+    # The bits of k + 8, whatever level it is from.
+    q0 = (a & flipped(y)) | w
+    q1 = (b & flipped(third)) | (v & flipped(u))
+    q2 = x | u
+    q3 = flipped(x | (third & flipped(u & v)))
+    f0, f1, f2, f3 = fours(q0, q1, q2, q3)
+    # Added to four bytes at once; none overflows, since an element with no exponent of its own has k = 0.
+    lowest = (last >> 16).to(tl.uint32, bitcast=True) * 0x01010101
+    l0, l1, l2, l3 = f0, f1, f2, f3
     if LOW_BITS != 0:
-        low_rest, middle_rest = _plane(planes, 3, column), _plane(planes, 4, column)
-        high_rest = _plane(planes, 5, column)
-    is_escape = low & middle & high
-    count = _count_bits(is_escape)
-    rank = tl.cumsum(count, 0) - count + escape
-    held = _next_escapes(escape_list, rank, count, escapes, 8)
-    # A column rarely has more escapes than are held; where one has, each row fetches its own.
-    overflows = tl.max(count, 0) > 8
-    base = chunk * ROWS * COLUMNS
-    for row in tl.static_range(ROWS):
-        index = base + row * COLUMNS + column
-        inside = index < quads
-        fraction = tl.load(fractions + index, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        flags = (is_escape >> row) & 0x01010101
-        mask = (flags << 8) - flags
-        code = _values(low, middle, high, row)
-        here = (flags * 0x01010101) >> 24
-        if overflows:
-            held = _next_escapes(escape_list, rank, here.to(tl.int32), escapes, 4)
-            rank += here.to(tl.int32)
-        # Deal the held bytes to the elements that are escapes, in order.
-        left = held.to(tl.uint32)
-        dealt = left & 0xFF
-        left = left >> ((flags & 0x1) << 3)
-        dealt |= (left & 0xFF) << 8
-        left = left >> ((flags >> 5) & 0x8)
-        dealt |= (left & 0xFF) << 16
-        left = left >> ((flags >> 13) & 0x8)
-        dealt |= left << 24
-        held = held >> (here << 3).to(tl.uint64)
-        keep = mask ^ 0xFFFFFFFF
-        rest = (((code & keep) + lowest) & keep) | (dealt & mask)
-        if LOW_BITS != 0:
-            # Corrupt exponents must not reach the neighbours.
-            rest = ((rest & 0x1F1F1F1F) << LOW_BITS) | _values(low_rest, middle_rest, high_rest, row)
-        first = _join(_two(fraction, True), _two(rest, True), LOW_BITS)
-        second = _join(_two(fraction, False), _two(rest, False), LOW_BITS)
-        both = first.to(tl.uint64) | (second.to(tl.uint64) << 32)
-        tl.store(out + index, both.to(tl.int64, bitcast=True), mask=inside)
-
-
-@triton.jit
-def _exponent(pattern, LOW_BITS: tl.constexpr):
-    return (pattern.to(tl.int32) >> (7 + LOW_BITS)) & (0xFF >> LOW_BITS)
-
-
-@triton.jit
-def measure_kernel(
-    bits,  # int16 [elements]
-    table,  # int32 [chunks, 2]: escapes of the chunk, lowest exponent
-    elements,
-    CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-):
-    """Choose each chunk's window and count what falls outside it."""
-    chunk = tl.program_id(0)
-    index = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = index < elements
-    exponent = _exponent(tl.load(bits + index, mask=inside, other=0), LOW_BITS)
-    counts = tl.histogram(exponent, 256)
-    total = tl.minimum(elements - chunk * CHUNK, CHUNK)
-    counts -= tl.where(tl.arange(0, 256) == 0, CHUNK - total, 0)  # what pads the chunk was counted as zeros
-    start = tl.arange(0, 256)[:, None]
-    bin = tl.arange(0, 256)[None, :]
-    held = tl.sum(tl.where((bin >= start) & (bin < start + WINDOW), counts[None, :], 0), 1)
-    held = tl.where(tl.arange(0, 256) <= 256 - WINDOW, held, -1)
-    most = tl.max(held, 0)
-    lowest = tl.min(tl.where(held == most, tl.arange(0, 256), 256), 0)
-    tl.store(table + chunk * 2, total - most)
-    tl.store(table + chunk * 2 + 1, lowest)
-
-
-@triton.jit
-def encode_kernel(
-    bits,  # int16 [elements]
-    table,  # int32 [chunks, 2]: first escape, lowest exponent
-    fractions,  # uint8 [elements]
-    planes,  # int32 [chunks, 3 + LOW_BITS, COLUMNS]
-    escape_list,  # uint8 [escapes]
-    elements,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    QUAD: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ESCAPE: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-):
-    chunk = tl.program_id(0)
-    escape = tl.load(table + chunk * 2)
-    lowest = tl.load(table + chunk * 2 + 1)
-    column = tl.arange(0, COLUMNS)
-    low = tl.zeros([COLUMNS], tl.int32)
-    middle = tl.zeros([COLUMNS], tl.int32)
-    high = tl.zeros([COLUMNS], tl.int32)
-    low_rest = tl.zeros([COLUMNS], tl.int32)
-    middle_rest = tl.zeros([COLUMNS], tl.int32)
-    high_rest = tl.zeros([COLUMNS], tl.int32)
-    count = tl.zeros([COLUMNS], tl.int32)
-    for place in range(ROWS * QUAD):  # unrolled, it would take seconds to compile and gain nothing
-        index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
-        inside = index < elements
-        pattern = tl.load(bits + index, mask=inside, other=0).to(tl.int32)
-        code = _exponent(pattern, LOW_BITS) - lowest
-        code = tl.where((code >= 0) & (code < WINDOW), code, ESCAPE)
-        code = tl.where(inside, code, 0)
-        bit = 8 * (place % QUAD) + place // QUAD
-        low |= (code & 1) << bit
-        middle |= ((code >> 1) & 1) << bit
-        high |= ((code >> 2) & 1) << bit
-        if LOW_BITS != 0:
-            low_rest |= (pattern & 1) << bit
-            middle_rest |= ((pattern >> 1) & 1) << bit
-            high_rest |= ((pattern >> 2) & 1) << bit
-        count += (code == ESCAPE).to(tl.int32)
-        fraction = ((pattern >> 8) & 0x80) | ((pattern >> LOW_BITS) & 0x7F)
-        tl.store(fractions + index, fraction.to(tl.uint8), mask=inside)
-    words = planes + chunk * (3 + LOW_BITS) * COLUMNS + column
-    tl.store(words, low)
-    tl.store(words + COLUMNS, middle)
-    tl.store(words + 2 * COLUMNS, high)
-    if LOW_BITS != 0:
-        tl.store(words + 3 * COLUMNS, low_rest)
-        tl.store(words + 4 * COLUMNS, middle_rest)
-        tl.store(words + 5 * COLUMNS, high_rest)
-    rank = tl.cumsum(count, 0) - count + escape
-    for place in range(ROWS * QUAD):
-        index = ((chunk * ROWS + place // QUAD) * COLUMNS + column) * QUAD + place % QUAD
-        is_escape = ((low & middle & high) >> (8 * (place % QUAD) + place // QUAD)) & 1
-        exponent = _exponent(tl.load(bits + index, mask=is_escape != 0, other=0), LOW_BITS)
-        tl.store(escape_list + rank, exponent.to(tl.uint8), mask=is_escape != 0)
-        rank += is_escape
+        low, middle = _load_plane(planes, 2, column), _load_plane(planes, 3, column)
+        high = _load_plane(planes, 4, column)
+        l0, l1, l2, l3 = fours(low, middle, high, high ^ high)
+    _store_row(out, first, 0, quads, row_0, f0, lowest, l0, LOW_BITS)
+    _store_row(out, first, 1, quads, row_1, f1, lowest, l1, LOW_BITS)
+    _store_row(out, first, 2, quads, row_2, f2, lowest, l2, LOW_BITS)
+    _store_row(out, first, 3, quads, row_3, f3, lowest, l3, LOW_BITS)
+    _store_row(out, first, 4, quads, row_4, f0, lowest, l0, LOW_BITS)
+    _store_row(out, first, 5, quads, row_5, f1, lowest, l1, LOW_BITS)
+    _store_row(out, first, 6, quads, row_6, f2, lowest, l2, LOW_BITS)
+    _store_row(out, first, 7, quads, row_7, f3, lowest, l3, LOW_BITS)
+    # Other threads may have stored where escapes go: theirs must be the later store.
+    tl.debug_barrier()
+    _patch(chunk, planes, fractions, runs, start, last & 0xFFFF, out, quads, words, column, LOW_BITS)
 
 
 class TritonPacker:
@@ -251,61 +171,28 @@ class TritonPacker:
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Pack `raw` (uint8 over patterns of `dtype`, whole quads) into `room`; waits for the device once.
 
-        Needs no memory besides 8 bytes a chunk. Raises ValueError when `room` is less than `worst_bytes`.
+        Needs no memory besides 16 bytes a chunk. Raises ValueError when `room` is less than `worst_bytes`.
         """
-        bits = raw.view(torch.int16)
-        chunks = -(-bits.numel() // CHUNK)
-        low_bits = FORMATS[dtype].low_bits
-        if room.numel() < worst_bytes(bits.numel(), dtype):
-            raise ValueError(f"{room.numel()} bytes of room for {bits.numel()} elements")
-        table = torch.empty((chunks, 2), dtype=torch.int32, device=bits.device)
-        if chunks:
-            measure_kernel[(chunks,)](
-                bits, table, bits.numel(), CHUNK=CHUNK, WINDOW=WINDOW, LOW_BITS=low_bits, num_warps=ENCODE_WARPS
-            )
-        ends = table[:, 0].cumsum(0)
-        layout = layout_of(bits.numel(), int(ends[-1]) if chunks else 0, dtype)
-        table[:, 0] = ends - table[:, 0]
-        packed = room[: layout.stored_bytes].zero_()
-        packed[:HEADER_BYTES].copy_(header(layout))
-        if chunks:
-            packed[layout.table :][: table.nbytes].copy_(table.view(torch.uint8).view(-1))
-            encode_kernel[(chunks,)](
-                bits,
-                table,
-                packed[layout.fractions :],
-                packed[layout.planes :][: layout.plane_bytes].view(torch.int32),
-                packed[layout.escape_list :],
-                bits.numel(),
-                ROWS=ROWS,
-                COLUMNS=COLUMNS,
-                QUAD=QUAD,
-                WINDOW=WINDOW,
-                ESCAPE=ESCAPE,
-                LOW_BITS=low_bits,
-                num_warps=ENCODE_WARPS,
-            )
-        return layout
+        return encode(raw.view(torch.int16), room, dtype)
 
     def decode(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
         """Restore `packed` of `layout`, which was checked when it was made, into `out` on the current stream.
 
         Raises ValueError for memory too small.
         """
-        quads = -(-layout.elements // QUAD)
+        quads = layout.quads
         if packed.numel() < layout.stored_bytes or out.numel() < 2 * QUAD * quads:
             raise ValueError(f"{packed.numel()} packed bytes and room for {out.numel()} do not fit {layout}")
         if layout.chunks == 0:
             return
         decode_kernel[(layout.chunks,)](
-            packed[layout.table :][: layout.chunks * CHUNK_ENTRY_BYTES].view(torch.int32),
+            packed[layout.table :][: layout.table_bytes].view(torch.int32),
             packed[layout.fractions :][: QUAD * quads].view(torch.int32),
             packed[layout.planes :][: layout.plane_bytes].view(torch.int32),
-            packed[layout.escape_list :],
+            packed[layout.runs :][: 4 * layout.words].view(torch.int32),
             out[: 2 * QUAD * quads].view(torch.int64),
             quads,
-            layout.escapes,
-            ROWS=ROWS,
+            layout.words,
             COLUMNS=COLUMNS,
             LOW_BITS=layout.format.low_bits,
             num_warps=DECODE_WARPS,

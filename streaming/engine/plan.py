@@ -1,16 +1,23 @@
-"""What stays on the device and what streams: a pure function of sizes and a budget.
+"""What stays on the device and what streams: a pure function of sizes, measured times and a budget.
 
-In: the byte sizes of every block's weights in layout order, the bytes that must always be resident, a budget.
-Out: one cut a block. Weights before the cut stay, the rest streams. Nothing here touches a tensor.
+In: what each block costs, the bytes that must always be resident, a budget, and rates once they were measured. Out: one
+`Form` a block and the size of the ring. Nothing here touches a tensor.
+
+The reasoning, all of it linear: of `moving` bytes, what the budget does not hold must cross the link in every pass. As
+long as it crosses while the blocks compute, streaming costs nothing. Where it does not, packing makes the link's part
+0.70 of the size, first of what streams, then, where that is not enough, of what stays as well, so that more stays;
+both cost the time to restore them, eight times less than they save. So as little is packed as lets the link keep pace.
+What streams is spread over the walk by compute time, so that the link is as busy under every block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from .codec import align
+from .forecast import SUSTAINED, BlockCost, Forecast, Form, Rates, forecast
 
 GIB = 1024**3
 
@@ -18,8 +25,34 @@ GIB = 1024**3
 # tensor this small is always resident.
 TINY_BYTES = 64 * 1024
 
-# Room for a packed block in a slot, as a share of its raw bytes; weights as uneven as any seen take 0.73.
-PACKED_SHARE = 0.75
+# Sizes of the ring to choose from, in places of the largest size: more places even out more, and hold no residents.
+RING_DEPTHS = (2, 3, 4, 6)
+
+# The link shall be done in this share of a pass, so that what is uneven has room.
+PACES = (0.99, 0.94)
+
+FITTING_ROUNDS = 5
+
+# Packing a block takes this many times its size of device memory beside the block; what the ring will have serves.
+PACKING_ROOM = 1.25
+
+# How far, in sizes of the block, the spread may be off before a block leaves the form it has: moving costs time and
+# leaves holes in the device's memory.
+INERTIA = 0.4
+
+# The smallest blocks stay, as far as this share of the room for residents goes: a block costs the host the same time
+# whatever its size.
+SMALL_SHARE = 0.5
+
+FORMS = {(form.is_streamed, form.is_packed): form for form in Form}
+
+
+class Packing(Enum):
+    """`auto` packs what the link cannot keep pace with, `never` nothing, `always` whatever can be packed."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
 
 
 class BudgetTooSmall(ValueError):
@@ -27,190 +60,274 @@ class BudgetTooSmall(ValueError):
 
 
 @dataclass(frozen=True)
-class BlockSizes:
-    """One block as the planner sees it: aligned bytes of its weights in layout order, and its share of the compute."""
-
-    name: str
-    weight_bytes: tuple[int, ...]
-    compute_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        if any(size < 0 for size in self.weight_bytes) or self.compute_share < 0:
-            raise ValueError(f"block `{self.name}` has a negative size or share")
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Where every weight is.
+    """Where every block's large weights are, and how much of the device is set aside for those that move.
 
-    `cuts[i]` is the index of block i's first streamed weight, `streamed[i]` the bytes from there on; `prefetch` is how
-    many blocks are fetched ahead. With `is_packed` they cross the link packed, and the scratch is where they are
-    restored.
+    Equal plans put the same things in the same places; the forecast is not compared.
     """
 
-    cuts: tuple[int, ...]
-    streamed: tuple[int, ...]
-    prefetch: int
-    is_packed: bool
-    slots: int
-    slot_bytes: int
+    forms: tuple[Form, ...]
     outside_bytes: int
     resident_bytes: int
+    streamed_bytes: int
+    """Bytes of weights that are brought to the device in one pass, counted as they are used."""
+    link_bytes: int
+    """The same as they cross the link, as far as known when the plan was made."""
+    ring_bytes: int
     scratch_bytes: int
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Bytes of weights that are brought to the device in one pass over all blocks, counted as they are used."""
-        return sum(self.streamed)
-
-    @property
-    def ring_bytes(self) -> int:
-        """Slots and the scratch beside them."""
-        return self.slots * self.slot_bytes + self.scratch_bytes
+    expected: Forecast | None = field(default=None, compare=False)
 
     @property
     def device_bytes(self) -> int:
-        """All that the plan takes of the device: residents, weights outside blocks, and the ring."""
-        return self.outside_bytes + self.resident_bytes + self.ring_bytes
+        """All that the plan takes of the device: residents, weights outside blocks, ring and scratch."""
+        return self.outside_bytes + self.resident_bytes + self.ring_bytes + self.scratch_bytes
 
     @property
     def is_resident(self) -> bool:
-        return self.streamed_bytes == 0
+        """True where every weight stays on the device as it is, so that nothing has to be done in a pass."""
+        return all(form is Form.RESIDENT for form in self.forms)
 
-
-
-class _Levels:
-    """Every number of bytes a block can stream: streamed[k] is what streams when the first k weights stay."""
-
-    def __init__(self, sizes: BlockSizes) -> None:
-        total = sum(sizes.weight_bytes)
-        self.name = sizes.name
-        self.streamed = [total - kept for kept in accumulate(sizes.weight_bytes, initial=0)]
-        self.lowest = 0
-        while self.lowest < len(sizes.weight_bytes) and sizes.weight_bytes[self.lowest] < TINY_BYTES:
-            self.lowest += 1
-
-    def nearest(self, target_bytes: float) -> int:
-        """The cut whose streamed bytes are closest to the target; of two equally close the one that streams less."""
-        cuts = range(self.lowest, len(self.streamed))
-        return min(cuts, key=lambda cut: (abs(self.streamed[cut] - target_bytes), -cut))
+    @property
+    def is_packed(self) -> bool:
+        """True where anything is packed."""
+        return any(form.is_packed for form in self.forms)
 
 
 def make_plan(
-    blocks: Sequence[BlockSizes],
+    blocks: Sequence[BlockCost],
     *,
     budget_bytes: int | None,
     outside_bytes: int = 0,
-    prefetch: int = 1,
-    is_packed: bool = False,
+    rates: Rates | None = None,
+    packing: Packing = Packing.AUTO,
+    prefetch: int = 0,
     stream_all: bool = False,
+    present: Sequence[Form] | None = None,
 ) -> Plan:
     """Plan residency for `blocks`, listed in the order they run.
 
     `budget_bytes` bounds everything the plan puts on the device; None means no bound. `stream_all` streams whatever
-    can be, however much room there is. `prefetch` is how many blocks are fetched ahead; the ring has one slot more.
+    can be, however much room there is. `prefetch` is how many of the largest blocks the ring holds beside the one
+    that computes, 0 for what suits best. Without `rates` nothing is known of time: blocks are spread by bytes, and
+    travel as they are unless `packing` is `ALWAYS`. Where it matters little, forms stay as they are in `present`.
 
     Raises BudgetTooSmall when even with everything streamed the budget is exceeded.
     """
-    if prefetch < 1:
-        raise ValueError(f"prefetch is {prefetch}, but at least one block must be fetched ahead")
-    levels = [_Levels(block) for block in blocks]
-    everything = outside_bytes + sum(level.streamed[0] for level in levels)
-
-    def plan_for(cuts: Sequence[int]) -> Plan:
-        streamed = tuple(level.streamed[cut] for level, cut in zip(levels, cuts, strict=True))
-        moving = sum(size > 0 for size in streamed)
-        largest = max(streamed, default=0)
-        return Plan(
-            cuts=tuple(cuts),
-            streamed=streamed,
-            prefetch=prefetch,
-            is_packed=is_packed,
-            slots=min(prefetch + 1, moving),
-            slot_bytes=align(int(PACKED_SHARE * largest)) if is_packed else largest,
-            outside_bytes=outside_bytes,
-            resident_bytes=everything - outside_bytes - sum(streamed),
-            scratch_bytes=largest if is_packed else 0,
-        )
-
-    if not stream_all and (budget_bytes is None or everything <= budget_bytes):
-        return plan_for([len(level.streamed) - 1 for level in levels])
-
-    least = plan_for([level.lowest for level in levels])
+    if prefetch < 0:
+        raise ValueError(f"prefetch is {prefetch}: it is a number of blocks, or 0 to have it chosen")
+    planner = _Planner(blocks, outside_bytes, rates, packing, present)
+    resident = planner.plan([Form.RESIDENT] * len(blocks), 0)
+    if not stream_all and (budget_bytes is None or resident.device_bytes <= budget_bytes):
+        return resident
+    depths = (prefetch + 1,) if prefetch else RING_DEPTHS if rates else RING_DEPTHS[:1]
+    least = planner.stream_everything(depths[0])
     if budget_bytes is not None and least.device_bytes > budget_bytes:
-        raise BudgetTooSmall(_too_small(least, levels, min(least.device_bytes, everything), budget_bytes, prefetch))
-    if stream_all or budget_bytes is None:
+        raise BudgetTooSmall(_too_small(planner, least, min(least.device_bytes, resident.device_bytes), budget_bytes))
+    if budget_bytes is None or stream_all:
         return least
-    return _fill(levels, plan_for, least, _spread(blocks, levels, plan_for, budget_bytes), budget_bytes)
+    paces = PACES if rates and packing is Packing.AUTO else PACES[:1]
+    plans = [planner.within(budget_bytes, depth, pace) for depth in depths for pace in paces]
+    fitting = [plan for plan in plans if plan is not None] or [least]
+    # Of plans that take the same time, the one that moves less leaves more of the link to others.
+    return min(fitting, key=lambda plan: (plan.expected.step_ms if plan.expected else 0.0, plan.link_bytes))
 
 
-def _spread(blocks, levels, plan_for, budget_bytes: int):
-    """Find the smallest streamed fraction that fits, spread evenly over the walk by error diffusion.
+class _Planner:
+    """The arithmetic of one model."""
 
-    Bytes in flight should follow compute time, so that the link is as busy under every block; without times a block's
-    bytes stand in for them. What a block cannot take exactly, because weights are whole, its successor makes up for.
-    """
-    shares = [block.compute_share or level.streamed[0] for block, level in zip(blocks, levels, strict=True)]
-    if not all(block.compute_share for block in blocks):
-        shares = [level.streamed[0] for level in levels]
-    movable = sum(level.streamed[level.lowest] for level in levels)
-    scale = movable / (sum(shares) or 1)
+    def __init__(
+        self,
+        blocks: Sequence[BlockCost],
+        outside_bytes: int,
+        rates: Rates | None,
+        packing: Packing,
+        present: Sequence[Form] | None,
+    ) -> None:
+        self.blocks = blocks
+        self.outside_bytes = outside_bytes
+        self.fixed_bytes = sum(block.fixed_bytes for block in blocks)
+        self.moving_bytes = sum(block.moving_bytes for block in blocks)
+        self.rates = rates
+        self.packing = packing
+        self.present: Sequence[Form | None] = present or [None] * len(blocks)
+        is_timed = rates is not None and sum(block.span_ms for block in blocks) > 0
+        self.spans = [block.span_ms if is_timed else float(block.moving_bytes) for block in blocks]
+        self.compute_ms = sum(block.span_ms for block in blocks) + (rates.tail_ms if rates else 0.0)
+        self.by_size = sorted(range(len(blocks)), key=lambda index: blocks[index].moving_bytes)
+        packable = [block for block in blocks if block.packed_bytes is not None]
+        raw_bytes = sum(block.moving_bytes for block in packable)
+        self.packed_share = sum(block.packed_bytes or 0 for block in packable) / raw_bytes if raw_bytes else 1.0
+        self.can_pack = packing is not Packing.NEVER and self.packed_share < 1.0
 
-    def at(fraction: float):
-        cuts, owed = [], 0.0
-        for level, share in zip(levels, shares, strict=True):
-            owed += fraction * share * scale
-            cut = level.nearest(owed)
-            owed -= level.streamed[cut]
-            cuts.append(cut)
-        return plan_for(cuts)
+    # -- plans from forms ----------------------------------------------------------------------------------------
 
-    best, low, high = None, 0.0, 1.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        candidate = at(middle)
-        if candidate.device_bytes <= budget_bytes:
-            best, high = candidate, middle
-        else:
-            low = middle
-    return best
-
-
-def _fill(levels, plan_for, least: Plan, spread: Plan | None, budget_bytes: int) -> Plan:
-    """Use what whole weights left over: keep one more weight where most is streamed, as long as it fits."""
-    plan = spread or least
-    cuts = list(plan.cuts)
-    closed: set[int] = set()
-    while len(closed) < len(cuts):
-        index = max(
-            (i for i in range(len(cuts)) if i not in closed), key=lambda i: (levels[i].streamed[cuts[i]], -i)
+    def plan(self, forms: Sequence[Form], ring_bytes: int) -> Plan:
+        kept_bytes = streamed_bytes = link_bytes = places_bytes = scratch_bytes = 0
+        for block, form in zip(self.blocks, forms, strict=True):
+            size = block.bytes_as(form)
+            if form.is_streamed:
+                streamed_bytes += block.moving_bytes
+                link_bytes += size
+                places_bytes += align(size)
+            else:
+                kept_bytes += size
+            if form.is_packed:
+                scratch_bytes = max(scratch_bytes, block.moving_bytes)
+        return Plan(
+            forms=tuple(forms),
+            outside_bytes=self.outside_bytes,
+            resident_bytes=self.fixed_bytes + kept_bytes,
+            streamed_bytes=streamed_bytes,
+            link_bytes=link_bytes,
+            ring_bytes=max(min(ring_bytes, places_bytes), int(PACKING_ROOM * scratch_bytes)),
+            scratch_bytes=scratch_bytes,
         )
-        if cuts[index] + 1 >= len(levels[index].streamed):
-            closed.add(index)
-            continue
-        cuts[index] += 1
-        candidate = plan_for(cuts)
-        if candidate.device_bytes <= budget_bytes:
-            plan = candidate
-        else:
-            cuts[index] -= 1
-            closed.add(index)
-    return plan
+
+    def with_forecast(self, plan: Plan) -> Plan:
+        if self.rates is None:
+            return plan
+        expected = forecast(self.blocks, plan.forms, plan.ring_bytes, self.rates)
+        return replace(plan, expected=expected)
+
+    def largest(self, is_packed: bool) -> int:
+        """Bytes of the largest block on the link."""
+        sizes = (
+            block.packed_bytes if is_packed and block.packed_bytes is not None else block.moving_bytes
+            for block in self.blocks
+        )
+        return align(max(sizes, default=0))
+
+    def stream_everything(self, depth: int) -> Plan:
+        """The plan that takes least of the device."""
+        pack, _ = self._shares(0.0, PACES[0])
+        forms = self._spread(float(self.moving_bytes), pack, 0.0, float("inf"))
+        return self.with_forecast(self.plan(forms, depth * self.largest(is_packed=pack == 1.0)))
+
+    # -- how much streams and how much is packed -----------------------------------------------------------------
+
+    def _shares(self, room_bytes: float, pace: float) -> tuple[float, float]:
+        """Which share of the streamed and of the resident bytes to pack, with `room_bytes` for residents."""
+        if not self.can_pack:
+            return 0.0, 0.0
+        if self.packing is Packing.ALWAYS:
+            return 1.0, 1.0
+        if self.rates is None:
+            return 0.0, 0.0
+        link = SUSTAINED * self.rates.link
+        saved, cost = (1 - self.packed_share) / link, pace / self.rates.restore
+        streamed = self.moving_bytes - room_bytes
+        behind_ms = streamed / link - pace * self.compute_ms
+        if behind_ms <= 0 or streamed <= 0:
+            return 0.0, 0.0
+        share = behind_ms / (streamed * (saved + cost))
+        if share <= 1.0:
+            return share, 0.0
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            resident = self._resident_bytes(room_bytes, middle)
+            link_ms = (self.moving_bytes - resident) * self.packed_share / link
+            restored = self.moving_bytes - resident * (1 - middle)
+            if link_ms > pace * (self.compute_ms + restored / self.rates.restore):
+                low = middle
+            else:
+                high = middle
+        return 1.0, high
+
+    def _resident_bytes(self, room_bytes: float, packed: float) -> float:
+        """How many bytes of weights `room_bytes` hold when the share `packed` of them is packed."""
+        return min(float(self.moving_bytes), max(0.0, room_bytes) / (1 - packed * (1 - self.packed_share)))
+
+    def within(self, budget_bytes: int, depth: int, pace: float) -> Plan | None:
+        """A plan for the budget with a ring of `depth` places; None when the ring leaves no room."""
+        held_bytes = self.outside_bytes + self.fixed_bytes
+        pack, pack_kept = self._shares(budget_bytes - held_bytes - depth * self.largest(False), pace)
+        ring_bytes = depth * self.largest(is_packed=pack == 1.0)
+        scratch_bytes = self.largest(is_packed=False) if pack or pack_kept else 0
+        room_bytes = float(budget_bytes - held_bytes - ring_bytes - scratch_bytes)
+        best: Plan | None = None
+        # Blocks are whole, so what comes out differs from what was asked for; asking differently closes the gap.
+        for _ in range(FITTING_ROUNDS):
+            streamed = self.moving_bytes - self._resident_bytes(room_bytes, pack_kept)
+            plan = self.plan(self._spread(streamed, pack, pack_kept, ring_bytes), ring_bytes)
+            over_bytes = plan.device_bytes - budget_bytes
+            if over_bytes <= 0 and (best is None or plan.device_bytes > best.device_bytes):
+                best = plan
+            if -self.largest(False) < over_bytes <= 0:
+                break
+            room_bytes -= over_bytes if over_bytes <= 0 else max(over_bytes, self.largest(False) / 2)
+        return None if best is None else self.with_forecast(self._filled(best, budget_bytes))
+
+    def _spread(self, streamed_bytes: float, pack: float, pack_kept: float, ring_bytes: float) -> list[Form]:
+        """Deal the forms out by error diffusion: each block streams as the time so far asks for.
+
+        What a block cannot give, because blocks are whole, its successors make up for, but no more of it than the
+        ring can hold ahead: a link that had nothing to do cannot catch up later.
+        """
+        stay = self._small_ones(SMALL_SHARE * (self.moving_bytes - streamed_bytes))
+        per_span = streamed_bytes / (sum(self.spans) or 1.0)
+        owed = packed_owed = kept_owed = 0.0
+        forms = []
+        for index, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
+            size, present = block.moving_bytes, self.present[index]
+            owed = min(owed + per_span * span, ring_bytes + size)
+            is_streamed = False
+            if size > 0 and index not in stay:
+                inertia = 0.0 if present is None else -INERTIA if present.is_streamed else INERTIA
+                is_streamed = owed >= (0.5 + inertia) * size
+                owed -= size * is_streamed
+            is_packed = False
+            if block.packed_bytes is not None and size > 0:
+                if is_streamed:
+                    packed_owed += pack * size
+                    is_packed = packed_owed >= size / 2
+                    packed_owed -= size * is_packed
+                else:
+                    kept_owed += pack_kept * size
+                    is_packed = kept_owed >= size / 2
+                    kept_owed -= size * is_packed
+            forms.append(FORMS[is_streamed, is_packed])
+        return forms
+
+    def _small_ones(self, room_bytes: float) -> set[int]:
+        """The smallest blocks that together fit `room_bytes`, none larger than half of the largest."""
+        small: set[int] = set()
+        for index in self.by_size:
+            size = self.blocks[index].moving_bytes
+            room_bytes -= size
+            if room_bytes < 0 or 2 * size > self.largest(is_packed=False):
+                break
+            small.add(index)
+        return small
+
+    def _filled(self, plan: Plan, budget_bytes: int) -> Plan:
+        """Use what whole blocks left over: keep more of them, as long as they fit."""
+        spare = budget_bytes - plan.device_bytes
+        forms = list(plan.forms)
+        streamed = [index for index, form in enumerate(forms) if form.is_streamed]
+        # Largest first fills best; of equal ones those in the middle of the walk, far from where blocks are fetched.
+        streamed.sort(key=lambda index: (-self.blocks[index].moving_bytes, abs(index - len(forms) / 2)))
+        for index in streamed:
+            form = FORMS[False, forms[index].is_packed]
+            size = self.blocks[index].bytes_as(form)
+            if 0 < size <= spare:
+                forms[index] = form
+                spare -= size
+        return self.plan(forms, plan.ring_bytes)
 
 
-def _too_small(
-    least: Plan, levels: Sequence[_Levels], enough_bytes: int, budget_bytes: int, prefetch: int
-) -> str:
-    largest = max(levels, key=lambda level: level.streamed[level.lowest])
-    needed = largest.streamed[largest.lowest]
+def _too_small(planner: _Planner, least: Plan, enough_bytes: int, budget_bytes: int) -> str:
+    largest = max(planner.blocks, key=lambda block: block.moving_bytes)
+    places = round(least.ring_bytes / max(1, align(largest.moving_bytes)), 1)
     remedy = f"raise the budget to {_gib(enough_bytes, up=True)}"
-    if prefetch > 1 and least.slots > 2:
-        one_ahead = least.device_bytes - (least.slots - min(2, least.slots)) * least.slot_bytes
+    if places > 2:
+        one_ahead = least.device_bytes - least.ring_bytes + 2 * align(largest.moving_bytes)
         remedy += f", or lower prefetch_blocks to 1 (then {_gib(one_ahead, up=True)} is enough)"
     return (
-        f"the budget of {_gib(budget_bytes)} is too small for this model: `{largest.name}` needs {_mib(needed)} in "
-        f"flight, {least.slots} such slots and {_mib(least.outside_bytes + least.resident_bytes)} of weights that "
-        f"cannot stream make {_gib(least.device_bytes, up=True)}: {remedy}"
+        f"the budget of {_gib(budget_bytes)} is too small for this model: `{largest.name}` needs "
+        f"{_mib(largest.moving_bytes)} in flight, {places:g} such places and "
+        f"{_mib(least.outside_bytes + least.resident_bytes)} of weights that cannot stream make "
+        f"{_gib(least.device_bytes, up=True)}: {remedy}"
     )
 
 

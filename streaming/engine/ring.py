@@ -1,83 +1,110 @@
-"""Device memory that blocks pass through: equal slots, each travelling with the events that guard it.
+"""Device memory that blocks pass through: every block has its fixed place in one ring of bytes.
 
-In: how many slots of what size. Out: slots, taken and given back. Which block goes where is the pipeline's business.
+In: the sizes of the blocks that travel, in the order they run, and how large the ring is. Out: places, each with the
+events that guard it. Which block is copied when is the pipeline's business.
+
+Places follow each other round and round, so a place is taken by many blocks in turn and a fixed one each still keeps
+the ring as full as it can be; the tensors over it are made once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+import itertools
+from collections.abc import Collection, Mapping
 
 import torch
 
-from .device import Device
-from .meter import Visit
+from .codec import align
+from .device import Device, Event, Stream
+from .forecast import lay_out
 
 
-class Slot:
-    """One block's place on the device.
+class Place:
+    """Where one block's bytes lie while they are on the device.
 
-    `holder` is the block whose bytes are in it or on their way, `visit` the events of that stay: compute waits for the
-    visit's `ready` before it reads, and the next copy into the slot waits for its `free`.
+    Compute waits for `ready` before it reads, and the next copy that touches these bytes waits for `free`. The bytes
+    are the block's own while it `is_held`; while it `is_bound` its forward reads them.
     """
 
-    __slots__ = ("holder", "is_bound", "memory", "number", "visit")
+    __slots__ = ("end", "free", "index", "is_bound", "is_held", "memory", "ready", "start")
 
-    def __init__(self, number: int, memory: torch.Tensor) -> None:
-        self.number = number
-        self.memory = memory
-        self.visit: Visit | None = None
-        self.holder: int | None = None
+    def __init__(self, index: int, device: Device) -> None:
+        self.index = index
+        self.ready: Event = device.event()
+        self.free: Event = device.event()
+        self.is_held = False
         self.is_bound = False
+        self.start = self.end = 0
+        self.memory = torch.empty(0)
 
 
 class Ring:
-    """All slots of one model, and the scratch in which packed blocks are restored, one at a time.
+    """The places of one model's blocks, and the scratch in which packed blocks are restored, one at a time.
 
     Raises torch.OutOfMemoryError when they do not fit.
     """
 
-    def __init__(self, device: Device, slots: int, slot_bytes: int, scratch_bytes: int = 0) -> None:
+    def __init__(
+        self, device: Device, sizes: Mapping[int, int], order: Collection[int], ring_bytes: int, scratch_bytes: int
+    ) -> None:
         self._device = device
-        self.slot_bytes = slot_bytes
+        self._sizes = sizes
+        self._bytes = max(ring_bytes, max(map(align, sizes.values()), default=0))
+        self._memory = device.allocate(self._bytes)
         self.scratch = device.allocate(scratch_bytes)
-        self.slots = [Slot(number, device.allocate(slot_bytes)) for number in range(slots)]
-
-    def __len__(self) -> int:
-        return len(self.slots)
+        self.places = {index: Place(index, device) for index in sizes}
+        self.missing = len(sizes)
+        self._held: list[Place] = []
+        self.arrange(order)
 
     @property
     def ring_bytes(self) -> int:
-        return len(self.slots) * self.slot_bytes + self.scratch.numel()
+        return self._memory.numel() + self.scratch.numel()
 
-    def find(self, index: int) -> Slot | None:
-        """The slot that holds block `index`, arrived or on its way."""
-        for slot in self.slots:
-            if slot.holder == index:
-                return slot
-        return None
+    def arrange(self, order: Collection[int]) -> None:
+        """Lay the places out for blocks that run in `order`; what the ring held is forgotten."""
+        self.empty()
+        order = [index for index in dict.fromkeys(order) if index in self._sizes]
+        order += [index for index in self._sizes if index not in set(order)]
+        for index, start in zip(order, lay_out([self._sizes[i] for i in order], self._bytes), strict=True):
+            place = self.places[index]
+            place.start, place.end = start, start + self._sizes[index]
+            place.memory = self._memory[place.start : place.end]
 
-    def take(self, keep: Container[int]) -> Slot | None:
-        """An unbound slot that holds none of the blocks in `keep`, an empty one first; None if there is none.
+    def can_give(self, index: int, soon: Collection[int]) -> bool:
+        """True when nothing lies in the place of block `index` that is bound or that one of `soon` will need."""
+        return not any(other.is_bound or other.index in soon for other in self._in_the_way(self.places[index]))
 
-        The slot still holds its old block: the taker overwrites it.
-        """
-        stale = None
-        for slot in self.slots:
-            if slot.is_bound:
-                continue
-            if slot.holder is None:
-                return slot
-            if stale is None and slot.holder not in keep:
-                stale = slot
-        return stale
+    def give(self, index: int, copies: Stream) -> Place:
+        """Take the place of block `index` for it, after whatever on the device still reads there."""
+        place = self.places[index]
+        for other in self._in_the_way(place):
+            assert not other.is_bound, "a block was given memory that another one reads"
+            copies.wait_event(other.free)
+            self._let_go(other)
+        place.is_held = True
+        self._held.append(place)
+        self.missing -= 1
+        return place
 
-    def empty(self, slot: Slot) -> None:
-        """Forget what `slot` holds."""
-        slot.holder = None
-        self._device.discard(slot.memory)
+    def _in_the_way(self, place: Place) -> list[Place]:
+        return [other for other in self._held if other.start < place.end and place.start < other.end]
+
+    def _let_go(self, place: Place) -> None:
+        place.is_held = False
+        self._held.remove(place)
+        self.missing += 1
+        self._device.discard(place.memory)
+
+    def empty(self) -> None:
+        """Forget what the ring holds, but for what is bound."""
+        for place in [place for place in self._held if not place.is_bound]:
+            self._let_go(place)
 
     def check(self) -> None:
-        """Prove that no block is held twice and none is bound without being held."""
-        held = [slot.holder for slot in self.slots if slot.holder is not None]
-        assert len(held) == len(set(held)), f"a block is in two slots: {held}"
-        assert all(slot.holder is not None for slot in self.slots if slot.is_bound), "an empty slot is bound"
+        """Prove that no two blocks hold the same bytes and that none is bound without being held."""
+        held = sorted(self._held, key=lambda place: place.start)
+        for first, second in itertools.pairwise(held):
+            assert first.end <= second.start, "two blocks hold the same bytes of the ring"
+        assert self.missing == sum(not place.is_held for place in self.places.values())
+        assert all(place.is_held for place in self.places.values() if place.is_bound), "a block is bound unheld"

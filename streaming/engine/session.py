@@ -10,18 +10,21 @@ host) -> `running` inside `one_pass`. `unload` and `close` lead back from anywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from .block import ModelBlocks
 from .device import Device
-from .loader import BlockLoader, Changed, StreamedBlock
-from .meter import Meter
+from .forecast import BlockCost, Forecast, Rates, forecast
+from .loader import BlockLoader, Changed, MovingBlock, cut_of, packable_dtype
+from .meter import BlockTimes, Meter
+from .packing import expected_share
 from .pipeline import Pipeline
-from .plan import BlockSizes, Plan
+from .plan import Packing, Plan, make_plan
 from .ring import Ring
 from .walk import Walk
 
@@ -52,24 +55,71 @@ class Session:
         self._loader = BlockLoader(device, keep_home)
         self._walk = Walk(range(len(parts.blocks)))
         self._marks: Marks | None = None
-        self._streamed: dict[int, StreamedBlock] = {}
+        self._moving: dict[int, MovingBlock] = {}
         self._evicted: set[int] = set()
         self._ring: Ring | None = None
         self._pipeline: Pipeline | None = None
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
-    def sizes(self, is_timed: bool = False) -> list[BlockSizes]:
-        """What the planner needs to know, with the blocks' compute times as far as they were measured and asked for."""
-        times = self.meter.times if is_timed else {}
-        return [
-            BlockSizes(
-                block.name,
-                tuple(weight.end - weight.offset for weight in block.weights),
-                (times[index].compute_ms or 0.0) if index in times else 0.0,
-            )
-            for index, block in enumerate(self.parts.blocks)
-        ]
+    def propose(
+        self,
+        budget_bytes: int | None,
+        *,
+        packing: Packing = Packing.AUTO,
+        prefetch: int = 0,
+        stream_all: bool = False,
+        unpacked: Container[int] = (),
+    ) -> Plan:
+        """Make a plan with what was measured so far; the blocks in `unpacked` are not packed. Otherwise `make_plan`."""
+        order = self._order()
+        plan = make_plan(
+            self._costs(order, unpacked),
+            budget_bytes=budget_bytes,
+            outside_bytes=self.outside_bytes,
+            rates=self._rates,
+            packing=packing,
+            prefetch=prefetch,
+            stream_all=stream_all,
+            present=[self.plan.forms[index] for index in order] if self.plan and self._rates else None,
+        )
+        form_of = dict(zip(order, plan.forms, strict=True))
+        return replace(plan, forms=tuple(form_of[index] for index in sorted(order)))
+
+    def expect(self, plan: Plan) -> Forecast | None:
+        """What `plan` would take by the latest times; None while there are none."""
+        if self._rates is None:
+            return None
+        order = self._order()
+        forms = [plan.forms[index] for index in order]
+        return forecast(self._costs(order, ()), forms, plan.ring_bytes, self._rates)
+
+    @property
+    def _rates(self) -> Rates | None:
+        return self.meter.rates if self.meter.best and self.device.has_clock else None
+
+    def _times(self) -> dict[int, BlockTimes]:
+        return self.meter.best.blocks if self.meter.best and self.device.has_clock else {}
+
+    def _order(self) -> list[int]:
+        """The blocks in the order they run, as far as it was seen; those that did not run come last."""
+        seen = self._times()
+        return [*seen, *(index for index in range(len(self.parts.blocks)) if index not in seen)]
+
+    def _costs(self, order: Sequence[int], unpacked: Container[int]) -> list[BlockCost]:
+        times = self._times()
+        return [self._cost(index, times.get(index), index not in unpacked) for index in order]
+
+    def _cost(self, index: int, times: BlockTimes | None, may_pack: bool) -> BlockCost:
+        block = self.parts.blocks[index]
+        fixed = block.offset_of(cut_of(block))
+        moving = block.weight_bytes() - fixed
+        packed: int | None = None
+        dtype = packable_dtype(block)
+        if may_pack and dtype is not None and self.device.packer is not None:
+            packed = self._loader.packed_bytes.get(index, int(moving * expected_share(dtype)))
+        lead_ms, compute_ms = (max(0.0, times.lead_ms), times.compute_ms) if times else (0.0, 0.0)
+        return BlockCost(block.name, fixed, moving, packed if packed != moving else None, lead_ms, compute_ms)
 
     @property
     def outside_bytes(self) -> int:
@@ -82,33 +132,50 @@ class Session:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of weights on the device now, in blocks and outside."""
+        """Bytes that weights take of the device now, in blocks and outside, ring and scratch not counted."""
         if self.plan is None:
             return 0
-        evicted = sum(self._kept_bytes(index) for index in self._evicted)
-        return self.plan.outside_bytes + self.plan.resident_bytes - evicted
+        blocks = (index for index in range(len(self.parts.blocks)) if index not in self._evicted)
+        return self.plan.outside_bytes + sum(map(self._kept_bytes, blocks))
 
     def _kept_bytes(self, index: int) -> int:
-        assert self.plan is not None
-        return self.parts.blocks[index].offset_of(self.plan.cuts[index])
+        """What block `index` has on the device for good."""
+        block = self.parts.blocks[index]
+        moving = self._moving.get(index)
+        if moving is None:
+            return block.weight_bytes()
+        packed_bytes = 0 if moving.source is not None or moving.layout is None else moving.layout.stored_bytes
+        return block.offset_of(moving.cut) + packed_bytes
 
     @property
     def ring_bytes(self) -> int:
         return self._ring.ring_bytes if self._ring else 0
 
     @property
-    def slot_bytes(self) -> int:
-        """What the largest streamed block takes of the link, and so of a slot."""
-        return max((streamed.source.nbytes for streamed in self._streamed.values()), default=0)
+    def device_bytes(self) -> int:
+        """What the loaded plan takes of the device in a run; more than planned where weights packed badly."""
+        assert self.plan is not None
+        return self.resident_bytes + self.plan.ring_bytes + self._scratch_bytes
 
     @property
     def _scratch_bytes(self) -> int:
-        return max((streamed.raw_bytes for streamed in self._streamed.values() if streamed.layout), default=0)
+        return max((moving.raw_bytes for moving in self._moving.values() if moving.layout), default=0)
 
     @property
     def link_bytes(self) -> int:
         """Bytes that cross the link in one pass over all blocks."""
-        return sum(streamed.source.nbytes for streamed in self._streamed.values())
+        return sum(moving.source.nbytes for moving in self._moving.values() if moving.source is not None)
+
+    @property
+    def is_packed(self) -> bool:
+        """True where any block is restored when it runs."""
+        return any(moving.layout is not None for moving in self._moving.values())
+
+    @property
+    def packed_resident_bytes(self) -> int:
+        """Bytes that packed blocks take of the device for good."""
+        kept = (moving.layout for moving in self._moving.values() if moving.source is None)
+        return sum(layout.stored_bytes for layout in kept if layout is not None)
 
     @property
     def host_bytes(self) -> int:
@@ -127,51 +194,40 @@ class Session:
         marks: Marks | None = None,
         changed: Changed = lambda weight: None,
         progress: Progress = lambda done, total: None,
+        afresh: bool = False,
     ) -> None:
-        """Bring the module to `plan`: residents on the device, streamed weights in slabs.
+        """Bring the module to `plan`, whose forms are in the order of the blocks: residents on the device, streamed
+        weights in slabs.
 
-        What already is as the plan wants it, with the same mark, is left alone. Raises torch.OutOfMemoryError when the
+        What already is as the plan wants it, with the same mark, is left alone, unless all is to be brought to the
+        device `afresh`, which leaves no holes between what stays and what comes. Raises torch.OutOfMemoryError when the
         device refuses; the session is then unloaded.
         """
         assert not self.is_running, "a plan cannot change inside a pass"
         marks = marks or Marks((None,) * len(self.parts.blocks), None)
         self.end_run()
-        total, done = self.total_bytes, 0
-        previous, old = self.plan, self._marks
+        previous, old, evicted = self.plan, self._marks, set(self._evicted)
         self.plan = self._marks = None
         try:
             stale = [
-                previous is None
-                or old is None
-                or index in self._evicted
-                or (previous.cuts[index], previous.is_packed) != (plan.cuts[index], plan.is_packed)
-                or old.blocks[index] != marks.blocks[index]
+                index
                 for index in range(len(self.parts.blocks))
+                if afresh
+                or previous is None
+                or old is None
+                or index in evicted
+                or previous.forms[index] is not plan.forms[index]
+                or old.blocks[index] != marks.blocks[index]
             ]
+            is_outside_stale = afresh or old is None or old.outside != marks.outside
             # What goes is given back before anything comes, so that the sum never exceeds the larger of both plans.
-            for index, block in enumerate(self.parts.blocks):
-                if stale[index] and previous is not None:
-                    block.to_device(torch.device("cpu"))
-            # Streamed weights first: packing them wants device memory that residents will have afterwards.
-            for index, block in enumerate(self.parts.blocks):
-                if stale[index]:
-                    self._streamed.pop(index, None)
-                    if plan.streamed[index]:
-                        self._streamed[index] = self._loader.stream(
-                            index, block, plan.cuts[index], marks.blocks[index], changed, plan.is_packed
-                        )
-                done += plan.streamed[index]
-                progress(done, total)
-            self._loader.finish()
-            for index, block in enumerate(self.parts.blocks):
-                if stale[index]:
-                    self._loader.keep(block, plan.cuts[index], changed)
-                done += block.offset_of(plan.cuts[index])
-                progress(done, total)
-            if old is None or old.outside != marks.outside:
-                self.parts.outside.to_device(torch.device("cpu"))
-                self._loader.keep(self.parts.outside, len(self.parts.outside.weights), changed)
-            progress(total, total)
+            for block in [self.parts.blocks[index] for index in stale] + [self.parts.outside] * is_outside_stale:
+                block.to_device(torch.device("cpu"))
+            if stale:
+                self.device.trim()
+            if is_outside_stale:
+                self._loader.keep_first(self.parts.outside, len(self.parts.outside.weights), changed)
+            self._load_blocks(plan, stale, marks, changed, progress)
         except BaseException:
             self.unload()
             raise
@@ -179,8 +235,32 @@ class Session:
             self._loader.finish()
         self.plan, self._marks = plan, marks
         self._evicted.clear()
-        if previous is None or previous.cuts != plan.cuts:
-            self.meter.forget_times()
+        if previous != plan:
+            self.meter.begin_plan()
+        progress(self.total_bytes, self.total_bytes)
+
+    def _load_blocks(
+        self, plan: Plan, stale: list[int], marks: Marks, changed: Changed, progress: Progress
+    ) -> None:
+        blocks, total = self.parts.blocks, self.total_bytes
+        done = total - sum(blocks[index].weight_bytes() for index in stale)
+        for index in stale:
+            self._moving.pop(index, None)
+            self._loader.keep_first(blocks[index], cut_of(blocks[index]), changed)
+        # Packing wants device memory that residents will have afterwards, so it comes first.
+        stale.sort(key=lambda index: (not plan.forms[index].is_packed, not plan.forms[index].is_streamed))
+        for index in stale:
+            block, mark = blocks[index], marks.blocks[index]
+            if not plan.forms[index].is_packed:
+                self._loader.finish()
+            moving = self._loader.place(index, block, plan.forms[index], mark, changed)
+            if moving is not None:
+                self._moving[index] = moving
+            done += block.weight_bytes()
+            progress(done, total)
+        if any(plan.forms[index].is_packed for index in stale):
+            self._loader.finish()
+            self.device.trim()
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -207,17 +287,33 @@ class Session:
 
     def _start_run(self) -> Pipeline:
         assert self.plan is not None
-        self._ring = Ring(self.device, self.plan.slots, self.slot_bytes, self._scratch_bytes)
+        sizes = {index: moving.source.nbytes for index, moving in self._moving.items() if moving.source is not None}
+        if self._walk.blocks != set(sizes):
+            self._walk = Walk([index for index in self._order() if index in sizes])
+        self._ring = Ring(self.device, sizes, self._walk.order, self.plan.ring_bytes, self._scratch_bytes)
         self._pipeline = Pipeline(
-            self.device, self._streamed, self._ring, self._walk_for_plan(), self.plan.prefetch, self.meter
+            self.device, self.parts.blocks, self._moving, self._ring, self._walk, self.meter
         )
         return self._pipeline
 
-    def _walk_for_plan(self) -> Walk:
-        """The walk as learned so far, as long as it is over the blocks that stream now."""
-        if set(self._walk.order) != set(self._streamed):
-            self._walk = Walk(sorted(self._streamed))
-        return self._walk
+    def measure(self) -> bool:
+        """Between passes: take the first times under this plan as soon as there are some; True when it did.
+
+        Waits for the device, once a plan.
+        """
+        if not self.meter.is_due or not self.device.has_clock:
+            return False
+        self.meter.close_trace(self.device.compute_stream())
+        self.meter.collect(wait=True)
+        return True
+
+    def begin_run(self) -> None:
+        """Take the memory of the ring now; otherwise the first pass does.
+
+        Raises torch.OutOfMemoryError when it does not fit.
+        """
+        if self._pipeline is None and self.plan is not None and not self.plan.is_resident:
+            self._start_run()
 
     def end_run(self) -> None:
         """Give the ring back, after the copies under way. The next pass makes a new one."""
@@ -252,12 +348,12 @@ class Session:
         """True between the first pass of a run and the end of the run."""
         return self._pipeline is not None
 
-    def streamed_modules(self) -> set[torch.nn.Module]:
-        """The modules that hold a streamed weight."""
+    def moving_modules(self) -> set[torch.nn.Module]:
+        """The modules that hold a weight which is on the device only while its block runs."""
         return {
             site.module
-            for streamed in self._streamed.values()
-            for weight, _ in streamed.host_tensors
+            for moving in self._moving.values()
+            for weight in moving.block.weights[moving.cut :]
             for site in weight.sites
         }
 
@@ -273,7 +369,7 @@ class Session:
     def forget(self) -> None:
         """Take note that someone else has put other tensors into the module: nothing of ours is loaded any more."""
         self.end_run()
-        self._streamed.clear()
+        self._moving.clear()
         self._evicted.clear()
         self.plan = self._marks = None
 
@@ -283,14 +379,14 @@ class Session:
         self._loader.close()
 
     def check(self) -> None:
-        """Prove that bytes, slots and tensors add up."""
+        """Prove that bytes, places and tensors add up."""
         if self._ring is not None:
             self._ring.check()
         if self.plan is None:
             return
-        for index, streamed in self._streamed.items():
-            assert streamed.raw_bytes == self.plan.streamed[index], f"block {index} streams other than planned"
+        for index, moving in self._moving.items():
+            form = self.plan.forms[index]
+            assert (moving.source is not None) == form.is_streamed, f"block {index} streams other than planned"
             if not self.is_running:
-                for weight, tensor in streamed.host_tensors:
-                    assert weight.current() is tensor, f"{weight.keys[0]} does not hold its host tensor"
-
+                for weight in moving.block.weights[moving.cut :]:
+                    assert weight.current().device.type == "cpu", f"{weight.keys[0]} is not on the host"

@@ -97,18 +97,24 @@ class SimulatedDevice:
 
     name = "simulated"
     holds_activations = False
+    assumed_restore = 1e9
     torch_device = torch.device("cpu")
 
-    def __init__(self, budget_bytes: int, seed: int = 0, packer: Packer | None = None) -> None:
+    def __init__(
+        self, budget_bytes: int, seed: int = 0, packer: Packer | None = None, has_clock: bool = False
+    ) -> None:
+        """`has_clock` says that times shall be believed, which makes plans depend on chance."""
         self.budget_bytes = budget_bytes
         self.packer = packer
+        self.has_clock = has_clock
         self.used_bytes = 0
         self.copied_bytes = 0
         self.locked_bytes = 0
         self._peak_bytes = 0
         self._chance = random.Random(seed)
         self._compute = SimulatedStream(deferred=False, chance=self._chance)
-        self._read_until: dict[int, int] = {}
+        # (first byte, end, work): until when compute reads there; entries a copy has waited for are dropped
+        self._reads: list[tuple[int, int, int]] = []
         self._locked: dict[int, int] = {}
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
@@ -120,24 +126,28 @@ class SimulatedDevice:
         self.used_bytes += size_bytes
         self._peak_bytes = max(self._peak_bytes, self.used_bytes)
         # Whoever had this memory before may still be reading it on the compute stream, as on a real device.
-        self._read_until[memory.ctypes.data] = self._compute.done
+        self._reads.append((memory.ctypes.data, memory.ctypes.data + size_bytes, self._compute.done))
         weakref.finalize(memory, self._give_back, memory.ctypes.data, size_bytes)
         with torch.inference_mode(False):
             return torch.from_numpy(memory)
 
     def _give_back(self, address: int, size_bytes: int) -> None:
         self.used_bytes -= size_bytes
-        self._read_until.pop(address, None)
+        self._reads = [read for read in self._reads if read[1] <= address or address + size_bytes <= read[0]]
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
-        last_read = self._read_until.get(destination.data_ptr(), 0)
-        if stream is not self._compute and stream.seen.get(self._compute, 0) < last_read:
+    def copy(
+        self, destination: torch.Tensor, source: torch.Tensor, stream: SimulatedStream, compute: SimulatedStream
+    ) -> None:
+        start, end = destination.data_ptr(), destination.data_ptr() + destination.nbytes
+        touched = [read for read in self._reads if read[0] < end and start < read[1]]
+        if stream is not self._compute and any(stream.seen.get(self._compute, 0) < read[2] for read in touched):
             raise OrderingError("a copy was issued into memory without waiting for the compute that reads it")
+        self._reads = [read for read in self._reads if read[0] < start or end < read[1] or read not in touched]
         self.copied_bytes += destination.nbytes
         stream.append(lambda: destination.copy_(source))
 
     def note_read(self, memory: torch.Tensor) -> None:
-        self._read_until[memory.data_ptr()] = self._compute.done
+        self._reads.append((memory.data_ptr(), memory.data_ptr() + memory.nbytes, self._compute.done))
 
     def discard(self, memory: torch.Tensor) -> None:
         memory.fill_(POISON)
@@ -148,7 +158,7 @@ class SimulatedDevice:
     def compute_stream(self) -> SimulatedStream:
         return self._compute
 
-    def event(self) -> SimulatedEvent:
+    def event(self, is_timed: bool = False) -> SimulatedEvent:
         return SimulatedEvent()
 
     def page_lock(self, memory: torch.Tensor) -> bool:
@@ -164,3 +174,9 @@ class SimulatedDevice:
 
     def peak_bytes(self) -> int:
         return self._peak_bytes
+
+    def unused_bytes(self) -> int:
+        return self.free_bytes()
+
+    def trim(self) -> None:
+        pass  # its memory has no holes

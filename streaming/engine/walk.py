@@ -6,13 +6,14 @@ never gives a wrong result, because the pipeline fetches whatever a block needs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class Walk:
     """Predicts the blocks ahead, across the end of a pass into the next one."""
 
     def __init__(self, order: Sequence[int]) -> None:
+        self.blocks = set(order)
         self._order = list(order)
         self._position = 0
         self._trace: list[int] = []
@@ -42,27 +43,24 @@ class Walk:
                 return ahead
         return None
 
-    def upcoming(self, count: int) -> list[int]:
-        """Up to `count` different blocks that run next, soonest first."""
-        found: list[int] = []
+    def ahead(self) -> Iterator[int]:
+        """The blocks that run next, soonest first, for one round; a block that runs several times comes as often."""
         for ahead in range(len(self._order)):
-            if len(found) == count:
-                break
-            index = self._order[(self._position + ahead) % len(self._order)]
-            if index not in found:
-                found.append(index)
-        return found
+            yield self._order[(self._position + ahead) % len(self._order)]
 
-    def finish(self) -> None:
-        """End a whole pass. Its order is adopted at once the first time, later when it was seen twice in a row.
+    def finish(self) -> bool:
+        """End a whole pass; True if its order was adopted: at once the first time, later when seen twice in a row.
 
         A pass that leaves blocks out now and then, as some guidance does, must not throw the order over each time.
         """
-        if self._trace and (not self.is_learned or self._trace == self._previous):
+        is_new = bool(self._trace) and (not self.is_learned or self._trace == self._previous)
+        is_new = is_new and self._trace != self._order
+        self.is_learned = self.is_learned or bool(self._trace)
+        if is_new:
             self._order = list(self._trace)
-            self.is_learned = True
         self._previous = self._trace
         self.begin()
+        return is_new
 
     def abandon(self) -> None:
         """End a pass that broke off: nothing is learned from it."""

@@ -18,10 +18,13 @@ BATCH_MARGIN = 1.5
 
 
 def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """APPLY_MODEL: run one pass of the model inside the engine's scope."""
-    stream = getattr(executor.class_obj.current_patcher, "stream", None)
+    """APPLY_MODEL: run one pass of the model inside the engine's scope; before it, act on what was measured."""
+    patcher = executor.class_obj.current_patcher
+    stream = getattr(patcher, "stream", None)
     if stream is None or not stream.is_in_place:
         return executor(*args, **kwargs)
+    if not stream.session.is_running and stream.measure():
+        patcher.replan()
     with stream.session.one_pass():
         return executor(*args, **kwargs)
 
@@ -39,6 +42,7 @@ def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: 
     """PREPARE_SAMPLING: note what ComfyUI estimates that the run needs besides weights, before the model loads."""
     stream = getattr(model, "stream", None)
     if stream is not None and stream.device.holds_activations:
+        stream.begin_run((tuple(noise_shape), stream.is_guided))
         both, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
         stream.reserve_bytes = int(both * BATCH_MARGIN if stream.is_guided else single)
     return executor(model, noise_shape, conds, *args, **kwargs)

@@ -26,11 +26,12 @@ from comfy.model_patcher import ModelPatcher, move_weight_functions, wipe_lowvra
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..engine.block import Weight
-from ..engine.plan import BudgetTooSmall, Plan, make_plan
-from ..engine.session import Marks, Progress
+from ..engine.plan import BudgetTooSmall, Packing, Plan
+from ..engine.session import Marks
 from .devices import device_for, why_not
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
-from .settings import GIB, Mode, StreamingSettings
+from .planning import choose_plan, least_left
+from .settings import GIB, StreamingSettings
 from .streams import ROOT, ModelStream, stream_for
 from .telemetry import report
 
@@ -38,11 +39,10 @@ logger = logging.getLogger("layerstream")
 
 Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # the shape of ComfyUI's own entries
 
-# A plan that still fits is kept unless a new one would keep this much more of the model on the card.
-WORTH_A_NEW_PLAN = 0.02
+# Packed sizes differ a little from what was expected; more than this is planned for again.
+SMALL_EXCESS_BYTES = 32 * 1024**2
 
-# What free memory may fall by between runs, as a share of the model, before a plan that worked is given up.
-STEADY_SHARE = 0.03
+FITTING_ROUNDS = 2
 
 
 class NothingToStream(ValueError):
@@ -110,15 +110,10 @@ class StreamingModelPatcher(ModelPatcher):
             self._take_over()
             stream, session = self.stream, self.stream.session
             allowed = float("inf") if full_load else lowvram_model_memory
-            plan = self._plan(allowed)
+            plan = self._choose(allowed)
             fresh = plan is not session.plan or not stream.is_in_place
             self._load_rest(device_to)
-            progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
-            self._load_plan(plan, progress)
-            if session.slot_bytes > plan.slot_bytes:
-                # Something did not pack as small as planned; a raw plan is exact, now and in later loads.
-                stream.packs_well = False
-                self._load_plan(self._plan(allowed), progress)
+            self._load_plan(plan, fresh)
             stream.load_id = stream.load_id or uuid.uuid4()
             self._write_ledger()
             if fresh:
@@ -159,63 +154,52 @@ class StreamingModelPatcher(ModelPatcher):
         super().patch_model(load_weights=False)
         self.stream.open(is_dynamic)
 
-    def _load_plan(self, plan: Plan, progress: Progress) -> None:
-        self.stream.session.load(plan, marks=self._marks(), changed=self._changed_weight, progress=progress)
+    def replan(self) -> None:
+        """Between two passes of a run, once its first plan was measured: make a better one if there is one.
 
-    def _packs(self) -> bool:
-        """Whether weights shall cross the link packed: only where the link held up an earlier run.
+        What a plan really takes of the card shows when it is loaded; what is too much is given back at once.
+        """
+        plan, session = self._choose(float("inf")), self.stream.session
+        if plan is session.plan:
+            return
+        self._load_plan(plan, fresh=True, afresh=True)
+        for _ in range(FITTING_ROUNDS):
+            session.begin_run()
+            missing_bytes = least_left(self.settings) - self.stream.note_fitting()
+            if missing_bytes <= 0 or not self.stream.device.holds_activations:
+                break
+            self._shrink(missing_bytes, afresh=True)
+        self._write_ledger()
+        logger.info("LayerStream: measured and planned anew: %s", self.summary())
+
+    def _load_plan(self, plan: Plan, fresh: bool, afresh: bool = False) -> None:
+        """Bring the model to `plan`. Where weights did not pack as small as thought, plan again with what is known."""
+        session = self.stream.session
+        progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
+        marks = self._marks()
+        session.load(plan, marks=marks, changed=self._changed_weight, progress=progress, afresh=afresh)
+        if session.device_bytes > plan.device_bytes + SMALL_EXCESS_BYTES:
+            better = session.propose(
+                plan.device_bytes, packing=self._packing(), unpacked=_patched(marks), stream_all=not plan.resident_bytes
+            )
+            session.load(better, marks=marks, changed=self._changed_weight, progress=progress, afresh=afresh)
+
+    def _choose(self, allowed_bytes: float) -> Plan:
+        held_bytes = self.loaded_size() if self.stream.is_in_place else 0
+        unpacked = _patched(self._marks())
+        return choose_plan(self.stream, self.settings, allowed_bytes, held_bytes, self._packing(), unpacked)
+
+    def _packing(self) -> Packing:
+        """Whether weights may be packed.
 
         Not under scheduled hooks: those change weights in place on the host, where the packed ones would not follow.
         """
         stream = self.stream
-        can_pack = stream.device.packer is not None and stream.packs_well and not self.hook_patches
-        return can_pack and stream.is_link_bound and stream.has_room_for_packed()
-
-    def _plan(self, allowed_bytes: float) -> Plan:
-        """Make a plan for what may be used, or keep the present one where a new one would gain little."""
-        stream, session, settings = self.stream, self.stream.session, self.settings
-        held = self.loaded_size() if stream.is_in_place else 0
-        budget = settings.budget_bytes(stream.device.free_bytes() + held, allowed_bytes, stream.reserve_bytes)
-        stream.budget_bytes = budget
-        everything = settings.mode is Mode.ALWAYS
-        is_packed = self._packs()
-
-        def plan_with(prefetch: int, budget_bytes: int | None, stream_all: bool = everything) -> Plan:
-            # Spread by compute time, bytes fit the gaps better, but blocks that compute little take residency that
-            # others would use better. Where the link is the limit, what streams less wins.
-            plans = (
-                make_plan(
-                    session.sizes(is_timed),
-                    budget_bytes=budget_bytes,
-                    outside_bytes=session.outside_bytes,
-                    prefetch=prefetch,
-                    is_packed=is_packed,
-                    stream_all=stream_all,
-                )
-                for is_timed in ((True, False) if stream.is_link_bound else (False,))
-            )
-            return min(plans, key=lambda plan: plan.streamed_bytes)
-
-        try:
-            plan = plan_with(settings.prefetch_blocks, budget)
-        except BudgetTooSmall as error:
-            if settings.is_explicit:
-                raise
-            plan = plan_with(1, None, stream_all=True)
-            logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
-        present = session.plan if stream.is_in_place else None
-        if present is None or present == plan:
-            return present or plan
-        alike = (present.prefetch, present.is_packed) == (plan.prefetch, plan.is_packed)
-        if not alike or plan.is_resident or everything:
-            return plan
-        gain = plan.resident_bytes - present.resident_bytes
-        # Free memory reads a little lower after a first run, which loads kernels and libraries; that is no reason.
-        is_exact = settings.is_explicit or not stream.device.holds_activations
-        slack = 0 if is_exact else STEADY_SHARE * session.total_bytes
-        fits = present.device_bytes <= max(budget + slack, plan.device_bytes)
-        is_steady = -slack <= gain < WORTH_A_NEW_PLAN * session.total_bytes
-        return present if fits and is_steady else plan
+        if stream.device.packer is None or self.hook_patches or not stream.has_room_for_packed():
+            return Packing.NEVER
+        # A simulated card has no times to decide by; one that can pack is there to have packing tried.
+        is_blind = self.settings.packing is Packing.AUTO and not stream.device.has_clock
+        return Packing.ALWAYS if is_blind else self.settings.packing
 
     def _marks(self) -> Marks:
         """Blocks with patches are out of date whenever the patches change."""
@@ -253,7 +237,7 @@ class StreamingModelPatcher(ModelPatcher):
                 if not weight.sites[0].is_buffer:
                     for name in weight.keys:
                         self.backup[_key(name)] = Backup(weight.home, False)
-        streamed = session.streamed_modules()
+        streamed = session.moving_modules()
         for name, module in model.named_modules():
             if not hasattr(module, "comfy_cast_weights"):
                 continue
@@ -298,20 +282,15 @@ class StreamingModelPatcher(ModelPatcher):
         logger.info("LayerStream: gave back %.2f GiB, %.2f GiB stay", freed / GIB, self.loaded_size() / GIB)
         return freed
 
-    def _shrink(self, memory_to_free: float) -> None:
+    def _shrink(self, memory_to_free: float, afresh: bool = False) -> None:
         session = self.stream.session
         assert session.plan is not None
+        budget_bytes = int(session.plan.device_bytes - memory_to_free)
         try:
-            plan = make_plan(
-                session.sizes(),
-                budget_bytes=int(session.plan.device_bytes - memory_to_free),
-                outside_bytes=session.outside_bytes,
-                prefetch=session.plan.prefetch,
-                is_packed=session.plan.is_packed,
-            )
+            plan = session.propose(budget_bytes, packing=self._packing(), unpacked=_patched(self._marks()))
         except BudgetTooSmall:
             return
-        self._load_plan(plan, _no_progress)
+        self._load_plan(plan, fresh=False, afresh=afresh)
         self._write_ledger()
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -329,8 +308,6 @@ class StreamingModelPatcher(ModelPatcher):
         """End a run: the ring goes, residents stay."""
         super().cleanup()
         if self.stream.is_open and not self._is_running:
-            if self.stream.session.is_in_run:
-                self.stream.judge_link()
             self.stream.session.end_run()
 
     @property
@@ -362,15 +339,20 @@ class StreamingModelPatcher(ModelPatcher):
         """How the weights travel, and why not packed."""
         session = self.stream.session
         assert session.plan is not None
-        if session.plan.is_packed:
-            return f"as {session.link_bytes / GIB:.2f} GiB packed"
-        if not self.stream.is_link_bound:
+        if session.is_packed:
+            kept = session.packed_resident_bytes
+            also = f", {kept / GIB:.2f} GiB of residents packed" if kept else ""
+            return f"as {session.link_bytes / GIB:.2f} GiB, packed{also}"
+        expected = session.expect(session.plan)
+        if expected is None or expected.limit == "compute":
             return "raw"
         if self.stream.device.packer is None:
             return "raw (packing needs Triton)"
-        if not self.stream.packs_well:
-            return "raw (these weights do not pack well)"
-        return "raw (scheduled hooks change weights)" if self.hook_patches else "raw (packing needs more free RAM)"
+        if self.hook_patches:
+            return "raw (scheduled hooks change weights)"
+        if not self.stream.has_room_for_packed():
+            return "raw (packing needs more free RAM)"
+        return "raw (these weights do not pack)"
 
     def streaming_report(self) -> dict[str, Any]:
         """Figures of this model's streaming, ready for JSON, as `telemetry.report` has them."""
@@ -390,6 +372,11 @@ def _carry_over(source: ModelPatcher, patcher: StreamingModelPatcher) -> None:
 def _key(name: str) -> str:
     """A weight's name in the model's state dict, from its name in the diffusion model."""
     return f"{ROOT}.{name}"
+
+
+def _patched(marks: Marks) -> set[int]:
+    """The blocks that do not hold their own weights."""
+    return {index for index, mark in enumerate(marks.blocks) if mark is not None}
 
 
 def _no_progress(done: int, total: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ..engine.plan import Packing
+
 GIB = 1024**3
 MIB = 1024**2
 MOST_PREFETCH = 8
@@ -22,19 +24,22 @@ class Mode(str, Enum):
 class StreamingSettings:
     """How one model is to be streamed.
 
-    `vram_gib` bounds what the model's weights take of the card: 0 is what ComfyUI reports as free, a negative number
-    is free memory less that many GiB. `min_free_mib` stays free on the card whatever else is set.
+    `prefetch_blocks` is how many blocks are fetched ahead, 0 for what measures best. `vram_gib` bounds what the model's
+    weights take of the card: 0 is what ComfyUI reports as free, a negative number is free memory less that many GiB.
+    `min_free_mib` stays free on the card whatever else is set. `packing` says what may be packed.
     """
 
     mode: Mode = Mode.AUTO
-    prefetch_blocks: int = 1
+    prefetch_blocks: int = 0
     vram_gib: float = 0.0
-    min_free_mib: int = 512
+    min_free_mib: int = 256
+    packing: Packing = Packing.AUTO
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))
-        if not 1 <= self.prefetch_blocks <= MOST_PREFETCH:
-            raise ValueError(f"prefetch_blocks is {self.prefetch_blocks}: set it between 1 and {MOST_PREFETCH}")
+        object.__setattr__(self, "packing", Packing(self.packing))
+        if not 0 <= self.prefetch_blocks <= MOST_PREFETCH:
+            raise ValueError(f"prefetch_blocks is {self.prefetch_blocks}: set it between 0 and {MOST_PREFETCH}")
         if self.min_free_mib < 0:
             raise ValueError(f"min_free_mb is {self.min_free_mib}: set it to 0 or more")
 
@@ -43,15 +48,18 @@ class StreamingSettings:
         """True where the budget is the person's own figure, which is refused when it is too small."""
         return self.vram_gib != 0
 
+    @property
+    def min_free_bytes(self) -> int:
+        return self.min_free_mib * MIB
+
     def budget_bytes(self, free_bytes: int, allowed_bytes: float, reserve_bytes: int) -> int:
         """Bytes the model's weights and its ring may take.
 
         `free_bytes` counts what this model holds as free, `allowed_bytes` is what ComfyUI grants it, `reserve_bytes`
         what the coming work needs besides.
         """
-        min_free_bytes = self.min_free_mib * MIB
         if self.vram_gib > 0:
-            return min(int(self.vram_gib * GIB), free_bytes - min_free_bytes)
+            return min(int(self.vram_gib * GIB), free_bytes - self.min_free_bytes)
         if self.vram_gib < 0:
-            return free_bytes - max(int(-self.vram_gib * GIB), min_free_bytes)
-        return int(min(allowed_bytes, free_bytes - max(min_free_bytes, reserve_bytes)))
+            return free_bytes - max(int(-self.vram_gib * GIB), self.min_free_bytes)
+        return int(min(allowed_bytes, free_bytes - max(self.min_free_bytes, reserve_bytes)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import psutil
@@ -17,18 +18,18 @@ from comfy.model_patcher import ModelPatcher
 from ..engine.block import take_apart
 from ..engine.codec import align
 from ..engine.device import Device
-from ..engine.plan import PACKED_SHARE
+from ..engine.plan import Packing
 from ..engine.session import Session
 from .families import Family, family_of
+from .settings import StreamingSettings
 
 ROOT = "diffusion_model"
 
-# Shares of a pass in which the link is busy: above the first a raw model packs, below the second, as raw, it unpacks.
-LINK_BOUND_SHARE = 0.87
-RAW_IS_ENOUGH_SHARE = 0.75
-
 # RAM that packing leaves for everything else.
 SPARE_RAM_BYTES = 8 * 1024**3
+
+# Packed bytes of a weight against its own, at the worst seen.
+PACKED_SHARE = 0.75
 
 
 @dataclass(eq=False)
@@ -46,8 +47,14 @@ class ModelStream:
     is_guided: bool = False
     reserve_bytes: int = 0
     budget_bytes: int = 0
-    is_link_bound: bool = False
-    packs_well: bool = True
+    settings: tuple[StreamingSettings, Packing] | None = None
+    """What the plan in place was made for."""
+    shape: Hashable = None
+    """What kind of run it is: its latent's shape and whether it is guided."""
+    fitting_bytes: int | None = None
+    """What weights and ring can take on the card in a run of this shape, as seen in one; None until then."""
+    compute_bytes: int = 0
+    """What compute took of the card beside them at its peak."""
     _session: Session | None = None
 
     @property
@@ -64,22 +71,32 @@ class ModelStream:
         assert self._session is not None, "the session opens with the first load"
         return self._session
 
-    def judge_link(self) -> None:
-        """After a run, decide whether the link was what limited it, so that packing would pay.
+    def begin_run(self, shape: Hashable) -> None:
+        """Take note that a run of `shape` comes; what was measured for another one does not hold for it."""
+        if shape != self.shape:
+            self.shape, self.fitting_bytes = shape, None
+            if self.is_open:
+                self.session.meter.forget_times()
 
-        Packing costs time on the card, a few hundredths of a step, so it is for models that wait for the link. Between
-        the two bounds nothing changes: a model must not go back and forth.
+    def measure(self) -> bool:
+        """Between passes: take what the session measured, once a plan; True when it did.
+
+        What is free now was free at the peak of the passes before, because torch keeps what it once took.
         """
-        if not self.device.holds_activations:
-            return  # a simulated card has no link whose time means anything
-        share = self.session.meter.link_share()
-        plan = self.session.plan
-        if share is None or plan is None:
-            return
-        if not plan.is_packed:
-            self.is_link_bound = share > LINK_BOUND_SHARE
-        elif share * plan.streamed_bytes < RAW_IS_ENOUGH_SHARE * self.session.link_bytes:
-            self.is_link_bound = False
+        if not self.session.measure():
+            return False
+        if self.device.holds_activations:
+            at_peak = self.device.unused_bytes()
+            self.device.trim()
+            self.compute_bytes = self.device.unused_bytes() - at_peak
+            self.note_fitting()
+        return True
+
+    def note_fitting(self) -> int:
+        """Note what weights and ring may take by what is free now, before compute; give what is left beside it."""
+        left_bytes = self.device.unused_bytes() - self.compute_bytes
+        self.fitting_bytes = self.session.resident_bytes + self.session.ring_bytes + left_bytes
+        return left_bytes
 
     def has_room_for_packed(self) -> bool:
         """Whether RAM holds packed copies beside the original weights, which packing keeps.
@@ -131,7 +148,7 @@ def stream_for(patcher: ModelPatcher, device: Device) -> ModelStream | None:
     family = family_of(diffusion_model)
     if not family.units:
         return None
-    stream = ModelStream(model, device, family, is_link_bound=not device.holds_activations)
+    stream = ModelStream(model, device, family)
     _streams[id(model)] = stream
     return stream
 

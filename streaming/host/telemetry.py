@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..engine.meter import PassTimes
 from .streams import ModelStream, live_streams
 
 
 def report(stream: ModelStream) -> dict[str, Any]:
     """Figures of one model; bytes unless the name says otherwise, None where nothing was measured yet."""
     session, plan, meter = stream.session, stream.session.plan, stream.session.meter
+    times = meter.times or PassTimes()
+    expected = session.expect(plan) if plan else None
     return {
         "model": type(stream.model).__name__,
         "family": stream.family.name,
@@ -18,34 +21,43 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "blocks": len(session.parts.blocks),
         "loaded": stream.is_in_place,
         "resident_bytes": session.resident_bytes,
+        "packed_resident_bytes": session.packed_resident_bytes,
         "outside_bytes": session.outside_bytes,
         "streamed_bytes_per_step": plan.streamed_bytes if plan else None,
-        "is_packed": plan.is_packed if plan else None,
+        "is_packed": session.is_packed if plan else None,
         "moved_bytes_per_step": meter.last.moved_bytes if meter.passes else None,
-        "ring_bytes": plan.ring_bytes if plan else None,
+        "ring_bytes": plan.ring_bytes + plan.scratch_bytes if plan else None,
         "host_bytes": session.host_bytes,
         "page_locked_bytes": session.page_locked_bytes,
         "peak_bytes": stream.device.peak_bytes(),
         "budget_bytes": stream.budget_bytes,
+        "fitting_bytes": stream.fitting_bytes,
         "passes": meter.passes,
         "broken_passes": meter.broken_passes,
         "hits": meter.total.hits,
         "misses": meter.total.misses,
         "departures": meter.total.departures,
-        "copy_ms": sum(times.copy_ms or 0.0 for times in meter.times.values()),
-        "wait_ms": sum(times.wait_ms or 0.0 for times in meter.times.values()),
-        "restore_ms": sum(times.restore_ms or 0.0 for times in meter.times.values()),
-        "compute_ms": sum(times.compute_ms or 0.0 for times in meter.times.values()),
+        "unplaced": meter.total.unplaced,
+        "predicted_step_ms": expected.step_ms if expected else None,
+        "floor_ms": expected.floor_ms if expected else None,
+        "limit": expected.limit if expected else None,
+        "step_ms": times.pass_ms if meter.times else None,
+        "copy_ms": times.total_ms("copy_ms"),
+        "wait_ms": times.total_ms("wait_ms"),
+        "restore_ms": times.total_ms("restore_ms"),
+        "compute_ms": times.total_ms("compute_ms") + times.total_ms("lead_ms") + times.tail_ms,
+        "link_bytes_per_s": meter.rates.link * 1000 if meter.rates else None,
         "times_ms": [
             {
                 "block": session.parts.blocks[index].name,
-                "copy": times.copy_ms,
-                "wait": times.wait_ms,
-                "restore": times.restore_ms,
-                "compute": times.compute_ms,
+                "form": plan.forms[index].name.lower() if plan else None,
+                "copy": block.copy_ms,
+                "wait": block.wait_ms,
+                "restore": block.restore_ms,
+                "compute": block.compute_ms,
+                "lead": block.lead_ms,
             }
-            for index, times in sorted(meter.times.items())
-            if times.visits
+            for index, block in times.blocks.items()
         ],
     }
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream.streaming.engine.packing import (
-    CHUNK,
     PACKABLE,
     CorruptPacking,
     PlainPacker,
@@ -19,6 +18,7 @@ from layerstream.streaming.engine.packing import (
     unpack,
     worst_bytes,
 )
+from layerstream.streaming.engine.packing_format import CHUNK
 
 each_dtype = pytest.mark.parametrize("dtype", PACKABLE, ids=str)
 
@@ -45,6 +45,14 @@ def test_every_pattern_survives_alone_and_shuffled(dtype):
     assert_survives(every_pattern(dtype))
     order = torch.randperm(65536, generator=torch.Generator().manual_seed(0))
     assert_survives(every_pattern(dtype)[order].repeat(3))
+
+
+@each_dtype
+def test_every_pattern_survives_among_those_of_like_size(dtype):
+    patterns = every_pattern(dtype)
+    order = patterns.abs().view(torch.int16).sort(stable=True).indices
+    packed = assert_survives(patterns[order])
+    assert packed.numel() < patterns.nbytes  # so few escapes that codes of all levels are there
 
 
 @settings(max_examples=80, deadline=None)
@@ -98,9 +106,9 @@ def test_packing_into_room_and_out_of_it_keeps_to_the_bytes_of_the_weight(dtype)
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("normal", {torch.bfloat16: 0.71, torch.float16: 0.89}),
-        ("student", {torch.bfloat16: 0.73, torch.float16: 0.9}),
-        ("uneven rows", {torch.bfloat16: 0.73, torch.float16: 0.9}),
+        ("normal", {torch.bfloat16: 0.68, torch.float16: 0.865}),
+        ("student", {torch.bfloat16: 0.69, torch.float16: 0.88}),
+        ("uneven rows", {torch.bfloat16: 0.69, torch.float16: 0.88}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -108,9 +116,9 @@ def test_packing_into_room_and_out_of_it_keeps_to_the_bytes_of_the_weight(dtype)
 def test_it_is_as_small_as_promised(name, most, dtype):
     torch.manual_seed(0)
     weight = {
-        "normal": torch.randn(1024, 3840) * 0.02,
-        "student": torch.distributions.StudentT(5.0).sample((1024, 3840)) * 0.02,
-        "uneven rows": torch.randn(1024, 3840) * torch.randn(1024, 1).exp() * 0.02,
+        "normal": torch.randn(256, 3840) * 0.02,
+        "student": torch.distributions.StudentT(5.0).sample((256, 3840)) * 0.02,
+        "uneven rows": torch.randn(256, 3840) * torch.randn(256, 1).exp() * 0.02,
     }[name].to(dtype)
     packed = assert_survives(weight)
     assert packed.numel() <= most[dtype] * weight.nbytes
@@ -130,13 +138,18 @@ def test_other_dtypes_are_refused():
         pack(torch.randn(4))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.sampled_from(PACKABLE))
 def test_corrupt_bytes_are_refused_or_decoded_but_never_read_beyond(data, dtype):
-    packed = pack(torch.randn(CHUNK + 100, generator=torch.Generator().manual_seed(1)).to(dtype))
+    weight = torch.randn(CHUNK + 100, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight[::500] = 0.0  # escapes
+    packed = pack(weight)
+    layout = read_layout(packed)
+    parts = ((0, 32), (layout.table, 24), (layout.planes, layout.plane_bytes), (layout.runs, 4 * layout.words))
     broken = packed.clone()
     for _ in range(data.draw(st.integers(1, 4))):
-        where = data.draw(st.one_of(st.integers(0, 63), st.integers(0, broken.numel() - 1)))
+        start, length = data.draw(st.sampled_from(parts))
+        where = start + data.draw(st.integers(0, length - 1))
         broken[where] = data.draw(st.integers(0, 255))
     broken = broken[: data.draw(st.integers(0, broken.numel()))]
     with contextlib.suppress(CorruptPacking):

@@ -19,7 +19,8 @@ PREAMBLE = """
 import torch
 from scripts.pack import load_pack
 load_pack()
-from layerstream.streaming.engine.packing import CHUNK, PACKABLE, pack, read_layout, worst_bytes
+from layerstream.streaming.engine.packing import PACKABLE, pack, read_layout, worst_bytes
+from layerstream.streaming.engine.packing_format import CHUNK
 from layerstream.streaming.engine.packing_triton import TritonPacker
 
 packer = TritonPacker()
@@ -45,14 +46,16 @@ def compare(name, weight):
 
 
 for dtype in PACKABLE:
+    # All patterns with the same exponent, then those with the next: every level of codes, and escapes.
+    by_exponent = patterns.view(dtype)[patterns.view(dtype).abs().view(torch.int16).sort(stable=True).indices]
     weights = {
-        "normal": torch.randn(20000).to(dtype),
-        "patterns": patterns.view(dtype),
-        "shuffled patterns": patterns[torch.randperm(65536)].view(dtype),
-        "uneven rows": (torch.randn(64, 300) * torch.randn(64, 1).exp() * 3).to(dtype).reshape(-1),
+        "normal": torch.randn(9000).to(dtype),
+        "patterns by exponent": by_exponent,
+        "shuffled patterns": patterns[torch.randperm(65536)][: CHUNK + 100].view(dtype),
+        "uneven rows": (torch.randn(24, 300) * torch.randn(24, 1).exp() * 3).to(dtype).reshape(-1),
         "a chunk and a quad": torch.randn(CHUNK + 4).to(dtype),
         "one quad": torch.randn(4).to(dtype),
-        "zeros": torch.zeros(9000, dtype=dtype),
+        "zeros": torch.zeros(5000, dtype=dtype),
         "not a number": torch.full((5000,), -1, dtype=torch.int16).view(dtype),
         "empty": torch.empty(0, dtype=dtype),
     }
@@ -84,8 +87,9 @@ def fenced(size_bytes, at_end):
 
 
 def damageable(dtype):
-    weight = patterns[torch.randperm(65536)][: CHUNK + 8].view(dtype)
-    weight = torch.cat([weight, (torch.randn(CHUNK) * 0.02).to(dtype)])
+    weight = (torch.randn(2 * CHUNK + 8) * 0.02).to(dtype)
+    weight[:CHUNK] = patterns[torch.randperm(65536)][:CHUNK].view(dtype)
+    weight[CHUNK::16] = patterns[torch.randperm(65536)][: CHUNK // 16 + 1].view(dtype)
     return pack(weight), weight.nbytes
 """
 
@@ -95,7 +99,7 @@ for dtype in PACKABLE:
     layout = read_layout(plain)
     for at_end in (False, True):
         packed, out = fenced(plain.numel(), at_end), fenced(raw_bytes, at_end)
-        for section in (layout.table, layout.fractions, layout.planes, layout.escape_list, plain.numel()):
+        for section in (layout.table, layout.fractions, layout.planes, layout.runs, plain.numel()):
             for damage in ("noise", "ones", "zeros"):
                 packed.copy_(plain)
                 broken = packed[section - 256 : section + 4096] if section < plain.numel() else packed[256:]
@@ -107,7 +111,7 @@ for dtype in PACKABLE:
 print("nothing beyond")
 """
 
-# Without the bound on escapes damage is fatal, so the fence holds.
+# With a wrong count of words damage is fatal, so the fence holds.
 UNBOUND = """
 from layerstream.streaming.engine.packing_triton import decode_kernel
 
@@ -115,21 +119,43 @@ plain, raw_bytes = damageable(torch.bfloat16)
 layout = read_layout(plain)
 packed, out = fenced(plain.numel(), True), fenced(raw_bytes, True)
 packed.copy_(plain)
-packed[layout.table + 3] = 0x20  # the first escape is half a billion bytes on
+packed[layout.table + 3] = 0x20  # the first word is half a billion words on
 words = packed.view(torch.int32)
 print("fenced", flush=True)
 decode_kernel[(1,)](
     words[layout.table // 4 :], words[layout.fractions // 4 :], words[layout.planes // 4 :],
-    packed[layout.escape_list :], out.view(torch.int64), 1024, 1 << 30, ROWS=8, COLUMNS=128, LOW_BITS=0,
+    words[layout.runs // 4 :], out.view(torch.int64), 1024, 1 << 30, COLUMNS=128, LOW_BITS=0,
 )
 """
 
 
-def interpreted(source: str, *, on_device: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `source` where the kernels run on a card, if there is one and they may, or are interpreted."""
+COMPILATION = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from layerstream.streaming.engine import packing_encode, packing_triton
+
+POINTERS = {"bits": "*i16", "fractions": "*i32", "out": "*i64"}
+SIZES = {"CHUNK": CHUNK, "COLUMNS": 128}
+for kernel in (packing_triton.decode_kernel, packing_encode.measure_kernel, packing_encode.encode_kernel):
+    for low_bits in (0, 3):
+        constants = {name: {**SIZES, "LOW_BITS": low_bits}[name] for name in kernel.arg_names if name.isupper()}
+        kinds = {name: POINTERS.get(name, "*i32") for name in kernel.arg_names}
+        kinds |= {name: "i32" for name in ("quads", "words", "elements") if name in kinds}
+        source = ASTSource(fn=kernel, signature=kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+        triton.compile(source, target=GPUTarget("cuda", 80, 32))
+print("compiled")
+"""
+
+
+def has_card() -> bool:
     import torch
 
-    interprets = not (on_device and torch.cuda.is_available())
+    return torch.cuda.is_available()
+
+
+def run_apart(source: str, *, interprets: bool) -> subprocess.CompletedProcess[str]:
+    """Run `source` in a process whose kernels are interpreted or not."""
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interprets else "0"}
     return subprocess.run(
         [sys.executable, "-c", PREAMBLE + source],
@@ -141,17 +167,23 @@ def interpreted(source: str, *, on_device: bool = True) -> subprocess.CompletedP
     )
 
 
+def test_kernels_compile_for_a_card():
+    """The interpreter takes what the compiler refuses."""
+    finished = run_apart(COMPILATION, interprets=False)
+    assert finished.stdout.strip().endswith("compiled"), finished.stderr[-2000:]
+
+
 def test_kernels_equal_the_plain_twin():
-    finished = interpreted(COMPARISON)
+    finished = run_apart(COMPARISON, interprets=not has_card())
     assert finished.stdout.strip().endswith("same bytes"), finished.stderr[-2000:]
 
 
 def test_corrupt_bytes_make_the_decoder_read_and_write_nothing_beyond_them():
-    finished = interpreted(FENCE + FUZZ, on_device=False)
+    finished = run_apart(FENCE + FUZZ, interprets=True)
     assert finished.stdout.strip().endswith("nothing beyond"), finished.stderr[-2000:]
 
 
 def test_a_read_beyond_them_would_be_noticed():
-    finished = interpreted(FENCE + UNBOUND, on_device=False)
+    finished = run_apart(FENCE + UNBOUND, interprets=True)
     assert finished.stdout.strip().endswith("fenced")
     assert finished.returncode == -signal.SIGSEGV

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from layerstream.streaming.engine import pipeline
+from layerstream.streaming.engine import ring
 from layerstream.streaming.engine.simulated import OrderingError, SimulatedDevice, SimulatedStream
 
 from walkers import ALL_STREAMED, attach, make_input, make_walker, one_pass, plan_for
@@ -29,21 +31,19 @@ def test_compute_that_does_not_wait_for_its_copy_reads_poison(monkeypatch):
             obedient(self, event)
 
     monkeypatch.setattr(SimulatedStream, "wait_event", only_copies_wait)
-    output, expected = streamed_output(seed=0)
-    assert not torch.equal(output, expected)
-    assert output.isnan().any()
+    # whether a copy comes too late is a matter of chance: of five seeds most must show it
+    outputs = [streamed_output(seed) for seed in range(5)]
+    assert sum(not torch.equal(output, expected) for output, expected in outputs) >= 3
+    assert any(output.isnan().any() for output, _ in outputs)
 
 
 def test_a_copy_that_does_not_wait_for_the_last_reader_is_an_error(monkeypatch):
-    def fetch_without_waiting(self, index, slot):
-        if slot.holder is not None:
-            self._ring.empty(slot)
-        visit = self._meter.visit(index)
-        self._device.copy(slot.memory[: self._blocks[index].source.nbytes], self._blocks[index].source, self._copies)
-        visit.ready.record(self._copies)
-        slot.holder, slot.visit = index, visit
+    give = ring.Ring.give
 
-    monkeypatch.setattr(pipeline.Pipeline, "_fetch", fetch_without_waiting)
+    def give_without_waiting(self, index, copies):
+        return give(self, index, SimpleNamespace(wait_event=lambda event: None))
+
+    monkeypatch.setattr(ring.Ring, "give", give_without_waiting)
     with pytest.raises(OrderingError):
         streamed_output(seed=0)
 
@@ -53,11 +53,11 @@ def test_a_copy_into_fresh_memory_must_wait_for_whoever_had_it():
     device.event().record(device.compute_stream())
     copies, memory = device.copy_stream(), device.allocate(100)
     with pytest.raises(OrderingError):
-        device.copy(memory, torch.zeros(100, dtype=torch.uint8), copies)
+        device.copy(memory, torch.zeros(100, dtype=torch.uint8), copies, device.compute_stream())
     begun = device.event()
     begun.record(device.compute_stream())
     copies.wait_event(begun)
-    device.copy(memory, torch.zeros(100, dtype=torch.uint8), copies)
+    device.copy(memory, torch.zeros(100, dtype=torch.uint8), copies, device.compute_stream())
 
 
 def test_the_budget_is_enforced_and_freed_memory_counts_again():

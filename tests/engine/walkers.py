@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from layerstream.streaming.engine.block import take_apart
-from layerstream.streaming.engine.plan import Plan, make_plan
+from layerstream.streaming.engine.plan import Packing, Plan
 from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from torch import nn
@@ -63,12 +63,11 @@ def attach(walker: Walker, device: SimulatedDevice, keep_home=lambda tensor: Fal
 
 def plan_for(session: Session, kept: float, prefetch: int = 2, is_packed: bool = False) -> Plan:
     """A plan whose budget is the least possible plus the share `kept` of what remains."""
-    sizes, how = session.sizes(), {"prefetch": prefetch, "is_packed": is_packed, "outside_bytes": session.outside_bytes}
-    least = make_plan(sizes, budget_bytes=None, stream_all=True, **how)
+    how = {"prefetch": prefetch, "packing": Packing.ALWAYS if is_packed else Packing.NEVER}
+    least = session.propose(None, stream_all=True, **how)
     if kept == ALL_STREAMED:
         return least
-    budget = least.device_bytes + int(kept * (session.total_bytes - least.device_bytes))
-    return make_plan(sizes, budget_bytes=budget, **how)
+    return session.propose(least.device_bytes + int(kept * (session.total_bytes - least.device_bytes)), **how)
 
 
 def one_pass(session: Session, walker: Walker, x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from layerstream.streaming.engine.block import take_apart
-from layerstream.streaming.engine.plan import GIB, make_plan
+from layerstream.streaming.engine.packing import PlainPacker
+from layerstream.streaming.engine.plan import GIB, Packing
 from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.host.devices import PACKED_VARIABLE, SEED_VARIABLE, SIMULATE_VARIABLE
@@ -38,17 +39,10 @@ def budget_gib(model, kept: float, prefetch: int = 1) -> float:
     """A budget for raw or packed streaming: packed blocks need no more of the card than raw ones but in small rings."""
     diffusion_model = model.model.diffusion_model
     session = Session(take_apart(diffusion_model, family_of(diffusion_model).units), SimulatedDevice(0), lambda _: True)
-    sizes, outside_bytes = session.sizes(), session.outside_bytes
+    session.device.packer = PlainPacker()
     least = max(
-        make_plan(
-            sizes,
-            budget_bytes=None,
-            outside_bytes=outside_bytes,
-            prefetch=prefetch,
-            is_packed=is_packed,
-            stream_all=True,
-        ).device_bytes
-        for is_packed in (False, True)
+        session.propose(None, prefetch=prefetch, packing=packing, stream_all=True).device_bytes
+        for packing in (Packing.NEVER, Packing.ALWAYS)
     )
     return (least + kept * (session.total_bytes - least)) / GIB
 

@@ -16,11 +16,11 @@ from streamed import on_simulated_card, stream
     [
         (0.0, 10 * GIB, 9 * GIB, 0, 9 * GIB),
         (0.0, 10 * GIB, 9 * GIB, 3 * GIB, 7 * GIB),
-        (0.0, 10 * GIB, float("inf"), 0, 10 * GIB - 512 * MIB),
+        (0.0, 10 * GIB, float("inf"), 0, 10 * GIB - 256 * MIB),
         (4.0, 10 * GIB, 1 * GIB, 0, 4 * GIB),
-        (12.0, 10 * GIB, 9 * GIB, 0, 10 * GIB - 512 * MIB),
+        (12.0, 10 * GIB, 9 * GIB, 0, 10 * GIB - 256 * MIB),
         (-3.0, 10 * GIB, 1 * GIB, 0, 7 * GIB),
-        (-0.1, 10 * GIB, 1 * GIB, 0, 10 * GIB - 512 * MIB),
+        (-0.1, 10 * GIB, 1 * GIB, 0, 10 * GIB - 256 * MIB),
     ],
 )
 def test_the_budget_of_a_setting(vram_gib, free, allowed, reserve, expected):
@@ -35,7 +35,6 @@ def test_a_plan_stays_when_free_memory_wavers(monkeypatch, load, sample):
     streamed = StreamingModelPatcher.from_patcher(model, StreamingSettings(Mode.AUTO, min_free_mib=0))
     device = streamed.stream.device
     monkeypatch.setattr(device, "holds_activations", True, raising=False)
-    monkeypatch.setattr(streamed.stream, "is_link_bound", False)
     monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (0, 0))
     limit = streamed.model_size() * 0.8
     monkeypatch.setattr(device, "free_bytes", lambda: int(limit) - device.used_bytes)
@@ -70,8 +69,9 @@ def test_weights_that_do_not_pack_are_tried_once_and_travel_raw(monkeypatch, loa
             parameter.data.mul_(torch.exp(torch.randn(parameter.shape) * 8).to(parameter.dtype))
     streamed = stream(model, 0.0)
     sample(streamed)
-    assert not streamed.stream.packs_well and not streamed.stream.session.plan.is_packed
-    plan = streamed.stream.session.plan
+    session = streamed.stream.session
+    assert not session.is_packed and session.link_bytes == session.plan.streamed_bytes
+    plan = session.plan
     monkeypatch.setattr(streamed.stream.device.packer, "encode", lambda *_: pytest.fail("packed again"))
     sample(streamed)
     assert streamed.stream.session.plan is plan

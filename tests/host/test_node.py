@@ -14,7 +14,7 @@ from layerstream.streaming.host.patcher import StreamingModelPatcher
 
 from streamed import on_simulated_card
 
-DEFAULTS = {"mode": "auto", "prefetch_blocks": 1, "vram_gb": 0.0, "min_free_mb": 0}
+DEFAULTS = {"mode": "auto", "prefetch_blocks": 0, "vram_gb": 0.0, "min_free_mb": 0}
 
 
 def run(model, **inputs):
@@ -41,7 +41,7 @@ def test_a_second_node_replaces_the_settings_of_the_first(monkeypatch, load, sam
     expected = sample(model)
     first = run(model, mode="always")
     second = run(first, mode="always", prefetch_blocks=3)
-    assert first.settings.prefetch_blocks == 1 and second.settings.prefetch_blocks == 3
+    assert first.settings.prefetch_blocks == 0 and second.settings.prefetch_blocks == 3
     assert torch.equal(sample(second), expected)
     assert second.streaming_report()["passes"] == 2, "chained nodes must not run a pass twice"
 
@@ -77,7 +77,7 @@ def test_a_budget_too_small_names_one_that_works(monkeypatch, load, sample):
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
-    [({"prefetch_blocks": 0}, "between 1 and 8"), ({"min_free_mb": -1}, "0 or more"), ({"mode": "fast"}, "fast")],
+    [({"prefetch_blocks": -1}, "between 0 and 8"), ({"min_free_mb": -1}, "0 or more"), ({"mode": "fast"}, "fast")],
 )
 def test_values_that_no_widget_gives_are_refused(load, inputs, message):
     with pytest.raises(ValueError, match=message):

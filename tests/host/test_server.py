@@ -41,7 +41,7 @@ def test_the_node_has_its_documented_inputs_in_order(server: Server) -> None:
     mode_type, mode_options = inputs["mode"]
     assert (mode_options["options"] if mode_type == "COMBO" else mode_type) == ["auto", "always", "off"]
     limits = {name: (inputs[name][1]["min"], inputs[name][1]["max"]) for name in ("prefetch_blocks", "vram_gb")}
-    assert limits == {"prefetch_blocks": (1, 8), "vram_gb": (-64.0, 256.0)}
+    assert limits == {"prefetch_blocks": (0, 8), "vram_gb": (-64.0, 256.0)}
     assert (node["output"], node["output_name"]) == (["MODEL"], ["model"])
 
 

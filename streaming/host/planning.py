@@ -1,0 +1,94 @@
+"""Which plan a model gets: what the person set, what ComfyUI allows and what was measured, made into one budget.
+
+In: a model's stream, its settings, how much ComfyUI grants. Out: a plan, the present one wherever a new one would gain
+little, because a plan that moves costs more than it brings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container
+from functools import partial
+
+from comfy.cli_args import args
+
+from ..engine.plan import BudgetTooSmall, Packing, Plan
+from .settings import GIB, Mode, StreamingSettings
+from .streams import ModelStream
+
+logger = logging.getLogger("layerstream")
+
+# A plan that still fits is kept unless a new one takes this much less time a step, or, while nothing was timed, keeps
+# this much more of the model on the card.
+WORTH_IN_TIME = 0.015
+WORTH_IN_SIZE = 0.02
+
+# What free memory may fall by between runs, as a share of the model, before a plan that worked is given up: it reads a
+# little lower after a first run, which loads kernels and libraries.
+STEADY_SHARE = 0.03
+
+
+def choose_plan(
+    stream: ModelStream,
+    settings: StreamingSettings,
+    allowed_bytes: float,
+    held_bytes: int,
+    packing: Packing,
+    unpacked: Container[int],
+) -> Plan:
+    """Give the plan to load, which is the one in place if that does.
+
+    `allowed_bytes` is what ComfyUI grants, `held_bytes` what the model has on the card now, which counts as free.
+    Raises BudgetTooSmall when the person's own figure does not hold the least the model needs.
+    """
+    session = stream.session
+    budget_bytes = _budget(stream, settings, allowed_bytes, held_bytes)
+    everything = settings.mode is Mode.ALWAYS
+    propose = partial(session.propose, packing=packing, unpacked=unpacked)
+    try:
+        plan = propose(budget_bytes, prefetch=settings.prefetch_blocks, stream_all=everything)
+    except BudgetTooSmall as error:
+        if settings.is_explicit:
+            raise
+        plan = propose(None, prefetch=1, stream_all=True)
+        logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
+    present = session.plan if stream.is_in_place else None
+    is_asked_for = stream.settings == (settings, packing)
+    stream.settings, stream.budget_bytes = (settings, packing), budget_bytes
+    if present is None or present == plan:
+        return present or plan
+    return present if is_asked_for and _does(stream, settings, present, plan, budget_bytes) else plan
+
+
+def _does(stream: ModelStream, settings: StreamingSettings, present: Plan, plan: Plan, budget_bytes: int) -> bool:
+    """Whether the plan in place fits and a new one would gain too little."""
+    if plan.is_resident or settings.mode is Mode.ALWAYS:
+        return False
+    total_bytes = stream.session.total_bytes
+    is_exact = settings.is_explicit or not stream.device.holds_activations
+    slack_bytes = 0 if is_exact else STEADY_SHARE * total_bytes
+    if present.device_bytes > max(budget_bytes + slack_bytes, plan.device_bytes):
+        return False
+    now = stream.session.expect(present)
+    if now is not None and plan.expected is not None:
+        return plan.expected.step_ms > (1 - WORTH_IN_TIME) * now.step_ms
+    return plan.resident_bytes - present.resident_bytes < WORTH_IN_SIZE * total_bytes
+
+
+def _budget(stream: ModelStream, settings: StreamingSettings, allowed_bytes: float, held_bytes: int) -> int:
+    """Bytes that weights and ring may take: the person's figure, or what is free less what compute needs.
+
+    Once a run of the same shape has shown what fits beside its compute, ComfyUI's estimate is not needed, as long as
+    no more is in the way than then.
+    """
+    free_bytes = stream.device.free_bytes() + held_bytes
+    by_estimate = settings.budget_bytes(free_bytes, allowed_bytes, stream.reserve_bytes)
+    # ComfyUI splits conditional and unconditional into two passes unless its own estimate is free.
+    if stream.fitting_bytes is None or settings.is_explicit or stream.is_guided:
+        return by_estimate
+    return min(stream.fitting_bytes, free_bytes) - least_left(settings)
+
+
+def least_left(settings: StreamingSettings) -> int:
+    """Bytes of the card that shall stay free at the peak of compute."""
+    return max(settings.min_free_bytes, int((args.reserve_vram or 0.0) * GIB))
