@@ -13,7 +13,6 @@ from .packing_format import (
     CHUNK,
     CHUNK_ENTRY_BYTES,
     COLUMNS,
-    ESCAPE_BYTES,
     FORMATS,
     HEADER_BYTES,
     LANES,
@@ -30,6 +29,20 @@ from .packing_format import (
     layout_of,
     read_layout,
     worst_bytes,
+)
+from .packing_levels import (
+    CODE_OF,
+    CODES,
+    ESCAPE,
+    LEVEL_PLACES,
+    bases,
+    escape_bytes,
+    is_in_level,
+    level_counts,
+    ranks,
+    run_bits,
+    run_starts,
+    run_words,
 )
 
 __all__ = [
@@ -48,15 +61,6 @@ __all__ = [
 # Either way takes about 60 bytes of scratch an element; batches keep it bounded.
 BATCH_CHUNKS = 256
 SCRATCH_BYTES = 60 * BATCH_CHUNKS * CHUNK
-
-# An element's codes of all levels side by side, the first lowest, by how far its exponent is above its chunk's base.
-SECOND = 0b11
-THIRD = 0b10_11
-CODE_OF = {0: 0, 1: 1, 2: 2, 3: 0b00_11, -1: 0b01_11, -2: 0b11_11}
-CODE_OF |= {k: THIRD | (k + 8 if k < 0 else k + 2) << 4 for k in (*range(-8, -2), 4, 5)}
-LEVEL_PLACES = (0, 2, 4)
-ESCAPE = 0x80
-CODES = tuple(CODE_OF.get(k, ESCAPE) for k in range(-255, 256))
 
 
 class Packer(Protocol):
@@ -122,23 +126,23 @@ def _pack_chunks(bits: torch.Tensor, form: Format) -> _Batch:
     padded = torch.nn.functional.pad(bits, (0, missing))
     patterns = _by_place(padded)
     exponents = (patterns >> (15 - form.exponent_bits)) & ((1 << form.exponent_bits) - 1)
-    base = _bases(exponents, missing)
+    base = bases(exponents, missing)
     codes = torch.tensor(CODES, dtype=torch.uint8, device=bits.device)[exponents + (255 - base).view(-1, 1)]
     codes *= _by_place(torch.arange(padded.numel(), device=bits.device) < bits.numel())
-    is_whole = _run_words(*_level_counts(codes)).sum(1) > CHUNK // 4
+    is_whole = run_words(*level_counts(codes)).sum(1) > CHUNK // 4
     codes = torch.where(is_whole.view(-1, 1), ESCAPE, codes)
-    counts = _level_counts(codes)
-    words = _run_words(*counts)
-    starts = _starts(words)
+    counts = level_counts(codes)
+    words = run_words(*counts)
+    starts = run_starts(words)
     runs = torch.zeros((int(words.sum()), 32), dtype=torch.bool, device=bits.device)
     for level in (1, 2):
-        found, at, strides = _run_bits(_is_in_level(codes, level), counts[level - 1], starts[:, level - 1])
+        found, at, strides = run_bits(is_in_level(codes, level), counts[level - 1], starts[:, level - 1])
         held = codes.view(-1)[found] >> LEVEL_PLACES[level]
         for bit in range(LEVEL_BITS[level]):
             runs.view(-1)[at + bit * strides] = (held >> bit & 1).bool()
     runs = _words(runs)
     found = (codes == ESCAPE).view(-1).nonzero().view(-1)
-    at, place_at = _escape_bytes(found // CHUNK, counts[2], starts[:, 2])
+    at, place_at = escape_bytes(found // CHUNK, counts[2], starts[:, 2])
     run_bytes = runs.view(torch.uint8)
     run_bytes[at] = exponents.view(-1)[found].to(torch.uint8)
     with_place = (place_at >= 0).nonzero().view(-1)
@@ -154,17 +158,6 @@ def _pack_chunks(bits: torch.Tensor, form: Format) -> _Batch:
     )
 
 
-def _is_in_level(codes: torch.Tensor, level: int) -> torch.Tensor:
-    """Which elements have bits of a level: those whose codes say so in the level before."""
-    return codes & (1 << LEVEL_PLACES[level]) - 1 == (THIRD if level == 2 else SECOND)
-
-
-def _level_counts(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Elements of each chunk with a second level, with a third, and escapes."""
-    second, third = _is_in_level(codes, 1), _is_in_level(codes, 2)
-    return second.sum(1), third.sum(1), (codes == ESCAPE).sum(1)
-
-
 def _by_place(elements: torch.Tensor) -> torch.Tensor:
     """Elements [chunks * CHUNK] as [chunks, CHUNK] in the order of their places."""
     lanes = elements.view(-1, ROWS, COLUMNS, QUAD)[..., list(LANES)]
@@ -175,61 +168,6 @@ def _by_element(places: torch.Tensor) -> torch.Tensor:
     """The reverse of `_by_place`."""
     lanes = places.view(-1, COLUMNS, QUAD, ROWS).permute(0, 3, 1, 2)
     return lanes[..., list(LANES)].reshape(-1)
-
-
-def _bases(exponents: torch.Tensor, missing: int) -> torch.Tensor:
-    """For each chunk the base for which its elements, less zeros at the end, take the fewest bits: int64 [chunks]."""
-    chunks = exponents.shape[0]
-    chunk_of = torch.arange(chunks, device=exponents.device).view(-1, 1) * 256
-    counts = torch.bincount((chunk_of + exponents).view(-1), minlength=chunks * 256).view(chunks, 256)
-    counts[-1, 0] -= missing
-    sums = torch.nn.functional.pad(counts.cumsum(1), (9, 6))
-    sums[:, -6:] = sums[:, -7:-6]
-
-    def near(least: int, most: int) -> torch.Tensor:
-        """How many exponents are `least` to `most` above each base."""
-        return sums[:, 9 + most :][:, :256] - sums[:, 8 + least :][:, :256]
-
-    first, second, third = near(0, 2), near(-2, 3), near(-8, 5)
-    # What is outside all levels takes the bits of an escape; what is within them is spared some or all of that.
-    spared = (8 * ESCAPE_BYTES - LEVEL_BITS[1] - LEVEL_BITS[2]) * third + LEVEL_BITS[2] * second + LEVEL_BITS[1] * first
-    return spared.argmax(dim=1)
-
-
-def _run_words(second: torch.Tensor, third: torch.Tensor, escapes: torch.Tensor) -> torch.Tensor:
-    """Words that each chunk's second level, third level and escapes take, from how many they are: [chunks, 3]."""
-    escape_bytes = torch.where(escapes == CHUNK, CHUNK, ESCAPE_BYTES * escapes)
-    return torch.stack(
-        [LEVEL_BITS[1] * ((second + 31) // 32), LEVEL_BITS[2] * ((third + 31) // 32), (escape_bytes + 3) // 4], dim=1
-    )
-
-
-def _starts(words: torch.Tensor) -> torch.Tensor:
-    """Where those begin: [chunks, 3]."""
-    return (words.view(-1).cumsum(0) - words.view(-1)).view(-1, 3)
-
-
-def _run_bits(mask: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The elements of a level, of which chunks have `counts`; each one's bit in the first run; bits from run to run.
-
-    The elements are counted through all chunks, all int64.
-    """
-    found = mask.view(-1).nonzero().view(-1)
-    chunk = found // CHUNK
-    return found, starts[chunk] * 32 + _ranks(chunk, counts), ((counts + 31) // 32 * 32)[chunk]
-
-
-def _ranks(chunk: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Which of its chunk each is, of elements in order."""
-    return torch.arange(chunk.numel(), device=chunk.device) - (counts.cumsum(0) - counts)[chunk]
-
-
-def _escape_bytes(
-    chunk: torch.Tensor, counts: torch.Tensor, starts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For escapes of chunks, in order, the bytes in the runs of their exponents and of their places, -1 for none."""
-    rank, begin, has_place = _ranks(chunk, counts), 4 * starts[chunk], counts[chunk] != CHUNK
-    return begin + rank + 2 * counts[chunk] * has_place, torch.where(has_place, begin + 2 * rank, -1)
 
 
 def _words(bits: torch.Tensor) -> torch.Tensor:
@@ -289,18 +227,18 @@ def _unpack_rest(
     """
     form, runs = layout.format, runs[seen : layout.words - SPARE_WORDS]
     counts = (entries[:, 1] & 0xFFFF, entries[:, 1] >> 16 & 0xFFFF, entries[:, 2] & 0xFFFF)
-    words = _run_words(*counts)
-    starts = _starts(words)
+    words = run_words(*counts)
+    starts = run_starts(words)
     if not torch.equal(entries[:, 0], starts[:, 0] + seen) or int(words.sum()) > runs.numel():
         raise CorruptPacking("the chunk table does not match the runs")
     if int(counts[2].max()) > CHUNK:
         raise CorruptPacking("a chunk has more escapes than elements")
     codes = _values(planes[:, : LEVEL_BITS[0]])
     for level in (1, 2):
-        mask = _is_in_level(codes, level)
+        mask = is_in_level(codes, level)
         if not torch.equal(mask.sum(1), counts[level - 1]):
             raise CorruptPacking(f"the chunk table does not match level {level + 1}")
-        found, at, strides = _run_bits(mask, counts[level - 1], starts[:, level - 1])
+        found, at, strides = run_bits(mask, counts[level - 1], starts[:, level - 1])
         for bit in range(LEVEL_BITS[level]):
             places = at + bit * strides
             held = (runs[places // 32] >> (places % 32).to(torch.int32) & 1).to(torch.uint8)
@@ -309,10 +247,10 @@ def _unpack_rest(
     k[list(CODE_OF.values())] = torch.tensor(list(CODE_OF), dtype=torch.int32)
     exponents = k.to(codes.device)[codes.to(torch.int64)] + 8 + (entries[:, 2:] >> 16).to(torch.int32)
     chunk = torch.arange(len(entries), device=codes.device).repeat_interleave(counts[2])
-    at, place_at = _escape_bytes(chunk, counts[2], starts[:, 2])
+    at, place_at = escape_bytes(chunk, counts[2], starts[:, 2])
     run_bytes = runs.view(torch.uint8)
     low, high = (run_bytes[place_at.clamp_min(0) + byte].to(torch.int64) for byte in range(2))
-    place = torch.where(place_at >= 0, low | high << 8, _ranks(chunk, counts[2]))
+    place = torch.where(place_at >= 0, low | high << 8, ranks(chunk, counts[2]))
     if (place >= CHUNK).any():
         raise CorruptPacking("an escape has no place in its chunk")
     exponents[chunk, place] = run_bytes[at].to(torch.int32)

@@ -77,7 +77,7 @@ class Format(NamedTuple):
         return LEVEL_BITS[0] + self.low_bits
 
 
-FORMATS = {torch.bfloat16: Format(0, 8, 0, 0.671), torch.float16: Format(1, 5, 3, 0.859)}
+FORMATS = {torch.bfloat16: Format(0, 8, 0, 0.670), torch.float16: Format(1, 5, 3, 0.857)}
 PACKABLE: tuple[torch.dtype, ...] = tuple(FORMATS)
 
 

@@ -120,11 +120,10 @@ layout = read_layout(plain)
 packed, out = fenced(plain.numel(), True), fenced(raw_bytes, True)
 packed.copy_(plain)
 packed[layout.table + 3] = 0x20  # the first word is half a billion words on
-words = packed.view(torch.int32)
 print("fenced", flush=True)
 decode_kernel[(1,)](
-    words[layout.table // 4 :], words[layout.fractions // 4 :], words[layout.planes // 4 :],
-    words[layout.runs // 4 :], out.view(torch.int64), 1024, 1 << 30, COLUMNS=128, LOW_BITS=0,
+    packed, layout.fractions, layout.planes, layout.runs, out, 1024, 1 << 30,
+    TABLE_START=layout.table, COLUMNS=128, LOW_BITS=0,
 )
 """
 
@@ -135,13 +134,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from layerstream.streaming.engine import packing_encode, packing_triton
 
-POINTERS = {"bits": "*i16", "fractions": "*i32", "out": "*i64"}
-SIZES = {"CHUNK": CHUNK, "COLUMNS": 128}
+POINTERS = {"bits": "*i16", "fractions": "*i8", "packed": "*i8", "out": "*i8"}
+POINTERS |= dict.fromkeys(("table", "planes", "runs"), "*i32")
+SIZES = {"CHUNK": CHUNK, "COLUMNS": 128, "TABLE_START": 256}
 for kernel in (packing_triton.decode_kernel, packing_encode.measure_kernel, packing_encode.encode_kernel):
     for low_bits in (0, 3):
         constants = {name: {**SIZES, "LOW_BITS": low_bits}[name] for name in kernel.arg_names if name.isupper()}
-        kinds = {name: POINTERS.get(name, "*i32") for name in kernel.arg_names}
-        kinds |= {name: "i32" for name in ("quads", "words", "elements") if name in kinds}
+        kinds = {name: POINTERS.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
         triton.compile(source, target=GPUTarget("cuda", 80, 32))
 print("compiled")
