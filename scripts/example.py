@@ -17,6 +17,7 @@ SIMULATED_CARD = "LAYERSTREAM_SIMULATE_GIB"
 GIB = 1024**3
 PREFETCH_BLOCKS = 0
 STREAMED_SHARE = 0.5
+RING_BLOCKS = 0.6
 # A card needs a little beside the budget, or rounding to whole tensors would not fit.
 CARD_SLACK_GIB = 0.05
 
@@ -35,11 +36,10 @@ class Budget(NamedTuple):
 def half_resident_budget(diffusion_model: Path) -> Budget:
     """The budget under which half of a diffusion model file stays on the card and half streams.
 
-    What streams needs slots on the card too: one for the block that computes and one for each that is fetched ahead.
+    What streams needs room on the card too: a ring of the largest parts of blocks, which are less than a third each.
     """
-    slots = PREFETCH_BLOCKS + 1
     resident = (1 - STREAMED_SHARE) * stored_bytes(diffusion_model)
-    ring = slots * STREAMED_SHARE * largest_block_bytes(diffusion_model)
+    ring = RING_BLOCKS * largest_block_bytes(diffusion_model)
     return Budget(round((resident + ring) / GIB, 3))
 
 

@@ -292,10 +292,11 @@ class _Planner:
     def _small_ones(self, room_bytes: float) -> set[int]:
         """The smallest blocks that together fit `room_bytes`, none larger than half of the largest."""
         small: set[int] = set()
+        most_bytes = self.largest(is_packed=False) // 2
         for index in self.by_size:
             size = self.blocks[index].moving_bytes
             room_bytes -= size
-            if room_bytes < 0 or 2 * size > self.largest(is_packed=False):
+            if room_bytes < 0 or size > most_bytes:
                 break
             small.add(index)
         return small

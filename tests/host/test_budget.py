@@ -71,7 +71,9 @@ def test_weights_that_do_not_pack_are_tried_once_and_travel_raw(monkeypatch, loa
     sample(streamed)
     session = streamed.stream.session
     assert not session.is_packed and session.link_bytes == session.plan.streamed_bytes
-    plan = session.plan
+    slabs = {name: tensor.data_ptr() for name, tensor in model.model.state_dict().items() if tensor.nbytes > 2**16}
     monkeypatch.setattr(streamed.stream.device.packer, "encode", lambda *_: pytest.fail("packed again"))
     sample(streamed)
-    assert streamed.stream.session.plan is plan
+    assert not session.is_packed and not session.plan.is_packed
+    after = model.model.state_dict()
+    assert all(after[name].data_ptr() == address for name, address in slabs.items()), "read or locked again"
