@@ -39,12 +39,16 @@ def weights(device: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def seconds(work: Callable[[], object], repeats: int = 20) -> list[float]:
-    """Device times of `work`, after three runs that are not counted."""
+    """Device times of `work`, after three runs that are not counted.
+
+    Each is queued behind another run, so that the host's part of a call is not timed unless it waits for the device.
+    """
     for _ in range(3):
         work()
     times = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        work()
         begin.record()
         work()
         end.record()
