@@ -5,7 +5,7 @@ In: what each block costs, the bytes that must always be resident, a budget, and
 
 The reasoning, all of it linear: of `moving` bytes, what the budget does not hold must cross the link in every pass. As
 long as it crosses while the blocks compute, streaming costs nothing. Where it does not, packing makes the link's part
-0.70 of the size, first of what streams, then, where that is not enough, of what stays as well, so that more stays;
+0.67 of the size, first of what streams, then, where that is not enough, of what stays as well, so that more stays;
 both cost the time to restore them, eight times less than they save. So as little is packed as lets the link keep pace.
 What streams is spread over the walk by compute time, so that the link is as busy under every block.
 """
@@ -34,7 +34,7 @@ PACES = (0.99, 0.94)
 FITTING_ROUNDS = 5
 
 # Packing a block takes this many times its size of device memory beside the block; what the ring will have serves.
-PACKING_ROOM = 1.25
+PACKING_ROOM = 1.35
 
 # How far, in sizes of the block, the spread may be off before a block leaves the form it has: moving costs time and
 # leaves holes in the device's memory.

@@ -4,13 +4,14 @@ In: a module taken apart, a device, plans. Out: the module runs with at most the
 session changes nothing of a module but which tensors stand in its parameter and buffer tables, and puts the home
 tensors back.
 
-States: `unloaded` (home tensors everywhere) -> `load` -> `loaded` (residents on the device, streamed weights on the
-host) -> `running` inside `one_pass`. `unload` and `close` lead back from anywhere.
+The file is long because it is one state machine. States: `unloaded` (home tensors everywhere) -> `load` -> `loaded`
+(residents on the device, streamed weights on the host) -> `running` inside `one_pass`. `unload` and `close` lead back
+from anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,11 +19,11 @@ from typing import NamedTuple
 import torch
 
 from .block import ModelBlocks
+from .costs import CostSheet
 from .device import Device
-from .forecast import BlockCost, Forecast, Rates, forecast
-from .loader import BlockLoader, Changed, MovingBlock, cut_of, packable_dtype
-from .meter import BlockTimes, Meter
-from .packing import expected_share
+from .forecast import Forecast, forecast
+from .loader import BlockLoader, Changed, MovingBlock, cut_of
+from .meter import Meter
 from .pipeline import Pipeline
 from .plan import Packing, Plan, make_plan
 from .ring import Ring
@@ -53,6 +54,7 @@ class Session:
         self.plan: Plan | None = None
         self.is_running = False
         self._loader = BlockLoader(device, keep_home)
+        self._costs = CostSheet(parts, device, self.meter, self._loader.packed_bytes)
         self._walk = Walk(range(len(parts.blocks)))
         self._marks: Marks | None = None
         self._moving: dict[int, MovingBlock] = {}
@@ -60,7 +62,7 @@ class Session:
         self._ring: Ring | None = None
         self._pipeline: Pipeline | None = None
 
-    # -- sizes ---------------------------------------------------------------------------------------------------
+    # -- planning ------------------------------------------------------------------------------------------------
 
     def propose(
         self,
@@ -72,54 +74,29 @@ class Session:
         unpacked: Container[int] = (),
     ) -> Plan:
         """Make a plan with what was measured so far; the blocks in `unpacked` are not packed. Otherwise `make_plan`."""
-        order = self._order()
+        order = self._costs.order()
         plan = make_plan(
-            self._costs(order, unpacked),
+            self._costs.of(order, unpacked),
             budget_bytes=budget_bytes,
             outside_bytes=self.outside_bytes,
-            rates=self._rates,
+            rates=self._costs.rates,
             packing=packing,
             prefetch=prefetch,
             stream_all=stream_all,
-            present=[self.plan.forms[index] for index in order] if self.plan and self._rates else None,
+            present=[self.plan.forms[index] for index in order] if self.plan and self._costs.rates else None,
         )
         form_of = dict(zip(order, plan.forms, strict=True))
         return replace(plan, forms=tuple(form_of[index] for index in sorted(order)))
 
     def expect(self, plan: Plan) -> Forecast | None:
         """What `plan` would take by the latest times; None while there are none."""
-        if self._rates is None:
+        if self._costs.rates is None:
             return None
-        order = self._order()
+        order = self._costs.order()
         forms = [plan.forms[index] for index in order]
-        return forecast(self._costs(order, ()), forms, plan.ring_bytes, self._rates)
+        return forecast(self._costs.of(order), forms, plan.ring_bytes, self._costs.rates)
 
-    @property
-    def _rates(self) -> Rates | None:
-        return self.meter.rates if self.meter.best and self.device.has_clock else None
-
-    def _times(self) -> dict[int, BlockTimes]:
-        return self.meter.best.blocks if self.meter.best and self.device.has_clock else {}
-
-    def _order(self) -> list[int]:
-        """The blocks in the order they run, as far as it was seen; those that did not run come last."""
-        seen = self._times()
-        return [*seen, *(index for index in range(len(self.parts.blocks)) if index not in seen)]
-
-    def _costs(self, order: Sequence[int], unpacked: Container[int]) -> list[BlockCost]:
-        times = self._times()
-        return [self._cost(index, times.get(index), index not in unpacked) for index in order]
-
-    def _cost(self, index: int, times: BlockTimes | None, may_pack: bool) -> BlockCost:
-        block = self.parts.blocks[index]
-        fixed = block.offset_of(cut_of(block))
-        moving = block.weight_bytes() - fixed
-        packed: int | None = None
-        dtype = packable_dtype(block)
-        if may_pack and dtype is not None and self.device.packer is not None:
-            packed = self._loader.packed_bytes.get(index, int(moving * expected_share(dtype)))
-        lead_ms, compute_ms = (max(0.0, times.lead_ms), times.compute_ms) if times else (0.0, 0.0)
-        return BlockCost(block.name, fixed, moving, packed if packed != moving else None, lead_ms, compute_ms)
+    # -- sizes ---------------------------------------------------------------------------------------------------
 
     @property
     def outside_bytes(self) -> int:
@@ -289,7 +266,7 @@ class Session:
         assert self.plan is not None
         sizes = {index: moving.source.nbytes for index, moving in self._moving.items() if moving.source is not None}
         if self._walk.blocks != set(sizes):
-            self._walk = Walk([index for index in self._order() if index in sizes])
+            self._walk = Walk([index for index in self._costs.order() if index in sizes])
         self._ring = Ring(self.device, sizes, self._walk.order, self.plan.ring_bytes, self._scratch_bytes)
         self._pipeline = Pipeline(
             self.device, self.parts.blocks, self._moving, self._ring, self._walk, self.meter

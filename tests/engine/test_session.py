@@ -13,7 +13,6 @@ import pytest
 import torch
 from layerstream.streaming.engine import meter
 from layerstream.streaming.engine.block import take_apart
-from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.loader import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks
@@ -188,65 +187,6 @@ def test_loading_the_same_plan_again_moves_and_locks_nothing():
     assert device.locked_bytes == locked
 
 
-def test_packed_weights_take_less_page_locked_memory_and_keep_their_homes():
-    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
-    session = attach(walker, device)
-    plan = plan_for(session, ALL_STREAMED, is_packed=True)
-    session.load(plan)
-    assert session.page_locked_bytes == session.link_bytes <= 0.75 * plan.streamed_bytes
-    for block in session.parts.blocks:
-        for weight in block.weights:
-            assert not weight.home.is_meta and weight.current().shape == weight.home.shape
-
-
-def test_what_cannot_be_packed_travels_raw():
-    walker = make_walker(dtype=torch.float32)
-    x = make_input(walker)
-    expected = walker(x)
-    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker()))
-    plan = plan_for(session, ALL_STREAMED, is_packed=True)
-    session.load(plan)
-    assert session.link_bytes == plan.streamed_bytes and not plan.is_packed
-    assert torch.equal(one_pass(session, walker, x), expected)
-
-
-def test_weights_that_pack_badly_are_left_raw_and_known_for_it():
-    walker = make_walker()
-    for block in walker.blocks:  # every exponent as likely as any other: nothing to save
-        for layer in (block.up, block.down):
-            bits = torch.randint(-(2**15), 2**15, layer.weight.shape, dtype=torch.int16)
-            layer.weight.copy_(bits.view(torch.bfloat16))
-    device = SimulatedDevice(1 << 30, packer=PlainPacker())
-    session = attach(walker, device)
-    plan = plan_for(session, 0.5, is_packed=True)
-    session.load(plan)
-    assert plan.is_packed and session.link_bytes == plan.streamed_bytes
-    again = plan_for(session, 0.5, is_packed=True)
-    session.load(again)
-    assert session.device_bytes <= again.device_bytes and not again.is_packed
-
-
-def test_packed_residents_leave_the_device_with_the_tensors_that_stand_for_them():
-    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
-    x = make_input(walker)
-    expected = walker(x)
-    session = attach(walker, device)
-    plan = plan_for(session, 0.5, is_packed=True)
-    kept = [index for index, form in enumerate(plan.forms) if form is Form.RESIDENT_PACKED]
-    assert kept
-    session.load(plan)
-    assert torch.equal(one_pass(session, walker, x), expected)
-    session.end_run()
-    assert device.used_bytes == session.resident_bytes
-    before, packed_bytes = device.used_bytes, session.packed_resident_bytes
-    for index in kept:  # as whoever takes the model over does, without telling
-        for weight in session.parts.blocks[index].weights[cut_of(session.parts.blocks[index]) :]:
-            weight.put(weight.home)
-    gc.collect()
-    assert device.used_bytes == before - packed_bytes
-    session.forget()
-
-
 def test_a_block_that_runs_inside_another_keeps_its_host_tensors():
     walker = make_walker()
     x = make_input(walker)
@@ -283,16 +223,6 @@ def test_what_a_pass_took_is_measured_and_planned_with(monkeypatch):
     assert 0 < forecast.compute_ms <= 1.001 * (parts - times.total_ms("wait_ms"))
     session.load(session.propose(session.plan.device_bytes + 400_000))
     assert torch.equal(one_pass(session, walker, x), expected)
-
-
-def test_a_model_can_change_between_raw_and_packed():
-    walker = make_walker()
-    x = make_input(walker)
-    expected = walker(x)
-    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker()))
-    for is_packed in (False, True, True, False):
-        session.load(plan_for(session, 0.4, is_packed=is_packed))
-        assert torch.equal(one_pass(session, walker, x), expected)
 
 
 def test_evicted_blocks_come_back_with_the_next_load():
