@@ -1,0 +1,77 @@
+"""A run is measured, planned anew once between two steps, and keeps its bits whatever comes of it."""
+
+from __future__ import annotations
+
+import comfy.sampler_helpers
+import pytest
+import torch
+from layerstream.streaming.engine import meter
+from layerstream.streaming.engine.plan import Packing
+from layerstream.streaming.host import patcher
+from layerstream.streaming.host.patcher import StreamingModelPatcher
+from layerstream.streaming.host.settings import Mode, StreamingSettings
+
+from streamed import on_simulated_card
+
+STEPS = 7
+
+
+@pytest.fixture
+def timed_card(monkeypatch):
+    """A simulated card whose times are believed and whose link is slow, with room for a share of a model."""
+    on_simulated_card(monkeypatch, is_packed=True)
+    monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (0, 0))
+
+    def give(model, share: float, packing: Packing) -> StreamingModelPatcher:
+        settings = StreamingSettings(Mode.AUTO, min_free_mib=0, packing=packing)
+        streamed = StreamingModelPatcher.from_patcher(model, settings)
+        device = streamed.stream.device
+        limit = int(share * streamed.model_size())
+        monkeypatch.setattr(device, "has_clock", True)
+        monkeypatch.setattr(device, "holds_activations", True, raising=False)
+        monkeypatch.setattr(device, "free_bytes", lambda: limit - device.used_bytes)
+        return streamed
+
+    return give
+
+
+@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("family", ["zimage", "flux"])
+def test_a_run_is_planned_anew_once_and_equal(monkeypatch, load, sample, timed_card, family, packing):
+    model = load(family, size="tiny")
+    expected = sample(model, steps=STEPS)
+    streamed = timed_card(model, 0.6, packing)
+    replan, replanned = StreamingModelPatcher.replan, []
+    monkeypatch.setattr(StreamingModelPatcher, "replan", lambda self: (replanned.append(self), replan(self)))
+    assert torch.equal(sample(streamed, steps=STEPS), expected)
+    session = streamed.stream.session
+    assert 1 <= len(replanned) <= 2 and session.expect(session.plan) is not None
+    assert streamed.stream.fitting_bytes is not None
+    assert session.device_bytes <= 0.6 * streamed.model_size()
+    assert torch.equal(sample(streamed, steps=STEPS), expected)
+    session.check()
+    assert torch.equal(sample(model, steps=STEPS), expected)
+
+
+def test_a_plan_that_takes_more_than_thought_gives_it_back_at_once(monkeypatch, load, sample, timed_card):
+    model = load("flux", size="tiny")
+    expected = sample(model, steps=STEPS)
+    streamed = timed_card(model, 0.6, Packing.NEVER)
+    device, stream = streamed.stream.device, streamed.stream
+    monkeypatch.setattr(device, "unused_bytes", lambda: device.free_bytes() - lost)
+    lost = 0
+    replan = StreamingModelPatcher.replan
+    before = []
+
+    def lose_and_replan(self):
+        nonlocal lost
+        lost = int(0.1 * streamed.model_size())  # as holes in the allocator would
+        before.append(stream.session.plan.device_bytes)
+        other = stream.session.propose(before[0], prefetch=2, packing=Packing.NEVER)
+        monkeypatch.setattr(patcher, "choose_plan", lambda *_: other)
+        replan(self)
+
+    monkeypatch.setattr(StreamingModelPatcher, "replan", lose_and_replan)
+    assert torch.equal(sample(streamed, steps=STEPS), expected)
+    assert before and stream.session.device_bytes <= before[0] - lost / 2
