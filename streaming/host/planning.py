@@ -54,6 +54,8 @@ def choose_plan(
         logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
     present = session.plan if stream.is_in_place else None
     is_asked_for = stream.settings == (settings, packing)
+    if present is not None and any(form.is_packed and index in unpacked for index, form in enumerate(present.forms)):
+        return plan  # patches came, and patched weights are not packed
     stream.settings, stream.budget_bytes = (settings, packing), budget_bytes
     if present is None or present == plan:
         return present or plan
@@ -62,7 +64,7 @@ def choose_plan(
 
 def _does(stream: ModelStream, settings: StreamingSettings, present: Plan, plan: Plan, budget_bytes: int) -> bool:
     """Whether the plan in place fits and a new one would gain too little."""
-    if plan.is_resident or settings.mode is Mode.ALWAYS:
+    if plan.is_resident:
         return False
     total_bytes = stream.session.total_bytes
     is_exact = settings.is_explicit or not stream.device.holds_activations

@@ -53,6 +53,18 @@ def test_before_and_after_the_node(card, load, sample, family, kept):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_that_comes_to_a_model_already_packed(monkeypatch, load, sample, family):
+    on_simulated_card(monkeypatch, seed=5, is_packed=True)
+    model = load(family, size="tiny")
+    plain, lora = sample(model), make_lora(model, seed=1)
+    expected = sample(apply(model, lora, 0.8))
+    streamed = stream(model, 0.5)
+    assert torch.equal(sample(streamed), plain) and streamed.stream.session.is_packed
+    assert torch.equal(sample(apply(streamed, lora, 0.8)), expected)
+    assert torch.equal(sample(streamed), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_loras_and_a_changed_strength(card, load, sample, family):
     model = load(family, size="tiny")
     before = weights_of(model)
