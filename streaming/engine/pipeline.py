@@ -25,6 +25,9 @@ from .walk import Walk
 
 Bound = tuple[Place | None, Visit | None, list[tuple[Weight, torch.Tensor]]]
 
+NoteBound = Callable[[Block, bool], None]
+"""Told that the weights of a block came to the device (True), or went back to the host."""
+
 
 class Pipeline:
     """Brings blocks to the device in time. Every method is called by the thread that runs the model.
@@ -40,6 +43,7 @@ class Pipeline:
         ring: Ring,
         walk: Walk,
         meter: Meter,
+        note_bound: NoteBound,
     ) -> None:
         self._device = device
         self._blocks = blocks
@@ -47,6 +51,7 @@ class Pipeline:
         self._ring = ring
         self._walk = walk
         self._meter = meter
+        self._note_bound = note_bound
         # Copies get a stream of their own, so that they run beside compute instead of between its kernels.
         self._copies = device.copy_stream()
         self._views: dict[int, list[tuple[Weight, torch.Tensor]]] = {}
@@ -157,6 +162,7 @@ class Pipeline:
             before.append((weight, weight.current()))
             weight.put(tensor)
         self._bound[index] = (place if moving.layout is None else None), visit, before
+        self._note_bound(moving.block, True)
         if moving.layout is not None and place is not None:
             self._free(place)
             self._refill()
@@ -187,6 +193,7 @@ class Pipeline:
             visit.done.record(self._compute)
         for weight, tensor in before:
             weight.put(tensor)
+        self._note_bound(self._blocks[index], False)
         if place is not None:
             self._free(place)
         else:

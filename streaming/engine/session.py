@@ -24,7 +24,7 @@ from .device import Device
 from .forecast import Forecast, forecast
 from .loader import BlockLoader, Changed, MovingBlock, cut_of
 from .meter import Meter
-from .pipeline import Pipeline
+from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan, make_plan
 from .ring import Ring
 from .walk import Walk
@@ -42,17 +42,24 @@ class Marks(NamedTuple):
 class Session:
     """Streams the blocks of one module on one device. Not thread-safe: it belongs to the thread that runs the model."""
 
-    def __init__(self, parts: ModelBlocks, device: Device, keep_home: Callable[[torch.Tensor], bool]) -> None:
+    def __init__(
+        self,
+        parts: ModelBlocks,
+        device: Device,
+        keep_home: Callable[[torch.Tensor], bool],
+        note_bound: NoteBound = lambda block, is_bound: None,
+    ) -> None:
         """`keep_home(tensor)` says whether a home tensor costs no memory of its own (mapped from a file, say).
 
         Such a one is kept when a slab holds a copy of it; any other is replaced by the slab, so that no weight is in
-        host memory twice.
+        host memory twice. `note_bound` is told, in a pass, when a block's weights come to the device and when they go.
         """
         self.parts = parts
         self.device = device
         self.meter = Meter(device)
         self.plan: Plan | None = None
         self.is_running = False
+        self._note_bound = note_bound
         self._loader = BlockLoader(device, keep_home)
         self._costs = CostSheet(parts, device, self.meter, self._loader.packed_bytes)
         self._walk = Walk(range(len(parts.blocks)))
@@ -269,7 +276,7 @@ class Session:
             self._walk = Walk([index for index in self._costs.order() if index in sizes])
         self._ring = Ring(self.device, sizes, self._walk.order, self.plan.ring_bytes, self._scratch_bytes)
         self._pipeline = Pipeline(
-            self.device, self.parts.blocks, self._moving, self._ring, self._walk, self.meter
+            self.device, self.parts.blocks, self._moving, self._ring, self._walk, self.meter, self._note_bound
         )
         return self._pipeline
 

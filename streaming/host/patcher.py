@@ -28,6 +28,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..engine.block import Weight
 from ..engine.plan import BudgetTooSmall, Packing, Plan
 from ..engine.session import Marks
+from .casting import FLAG
 from .devices import device_for, why_not
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .planning import choose_plan, least_left
@@ -149,7 +150,7 @@ class StreamingModelPatcher(ModelPatcher):
             # A dynamic patcher keeps copies in page-locked memory and switches casting on for good.
             self.source.unpatch_model(self.offload_device, unpatch_weights=True)
             for module in self.model.modules():
-                module.__dict__.pop("comfy_cast_weights", None)
+                module.__dict__.pop(FLAG, None)
         super().unpatch_model(self.offload_device, unpatch_weights=True)
         super().patch_model(load_weights=False)
         self.stream.open(is_dynamic)
@@ -237,20 +238,16 @@ class StreamingModelPatcher(ModelPatcher):
                 if not weight.sites[0].is_buffer:
                     for name in weight.keys:
                         self.backup[_key(name)] = Backup(weight.home, False)
-        streamed = session.moving_modules()
         for name, module in model.named_modules():
-            if not hasattr(module, "comfy_cast_weights"):
+            if not hasattr(module, FLAG):
                 continue
             wipe_lowvram_weight(module)
-            # Casting makes a streamed weight that is used outside its block's forward slow, but right.
-            if module in streamed or self.force_cast_weights:
-                module.prev_comfy_cast_weights = module.comfy_cast_weights
-                module.comfy_cast_weights = True
             for kind in ("weight", "bias"):
                 functions = self.weight_wrapper_patches.get(f"{name}.{kind}")
                 if functions:
                     getattr(module, f"{kind}_function").extend(functions)
             move_weight_functions(module, self.load_device)
+        stream.casting.arm(model, session.parts, session.moving_modules(), always=self.force_cast_weights)
         model.model_lowvram = True
         model.lowvram_patch_counter = 0
         model.device = self.load_device

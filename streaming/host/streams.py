@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -20,6 +20,7 @@ from ..engine.codec import align
 from ..engine.device import Device
 from ..engine.plan import Packing
 from ..engine.session import Session
+from .casting import CastSwitch
 from .families import Family, family_of
 from .settings import StreamingSettings
 
@@ -55,6 +56,7 @@ class ModelStream:
     """What weights and ring can take on the card in a run of this shape, as seen in one; None until then."""
     compute_bytes: int = 0
     """What compute took of the card beside them at its peak."""
+    casting: CastSwitch = field(default_factory=CastSwitch)
     _session: Session | None = None
 
     @property
@@ -124,7 +126,7 @@ class ModelStream:
                 self.family.units,
                 lambda module, name: getattr(module, f"{name}_comfy_model_dtype", None) if is_dynamic else None,
             )
-            self._session = Session(parts, self.device, keep_home=_is_mapped)
+            self._session = Session(parts, self.device, _is_mapped, self.casting.note_bound)
 
 
 # Patchers hold the streams and a stream holds its model, so neither is kept alive from here.

@@ -8,6 +8,7 @@ import comfy.model_management
 import pytest
 import torch
 
+from scripts.tiny_models import build_tiny_model, sample_tiny
 from streamed import assert_same_weights, on_simulated_card, stream, weights_of
 
 FAMILY = "flux"
@@ -153,3 +154,25 @@ def test_a_patcher_that_dies_while_loaded_leaves_a_model_that_works(card, load, 
     gc.collect()
     assert torch.equal(sample(model), expected)
     assert device.used_bytes == 0 and device.locked_bytes == 0
+
+
+def test_layers_cast_while_their_weights_are_in_ram_and_not_while_they_are_on_the_card(card):
+    model = build_tiny_model(FAMILY, dtype=torch.float32)  # on a processor other weights are always cast
+    expected = sample_tiny(model, FAMILY)
+    streamed = stream(model, 0.0)
+    seen, handles = [], []
+    for module in model.model.diffusion_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            handles.append(module.register_forward_pre_hook(lambda module, args: seen.append((module, casts(module)))))
+    result = sample_tiny(streamed, FAMILY)
+    for handle in handles:
+        handle.remove()
+    moving = streamed.stream.session.moving_modules()
+    inside = [is_casting for module, is_casting in seen if module in moving]
+    assert inside and not any(inside)
+    assert all(casts(module) for module in moving if hasattr(module, "comfy_cast_weights"))
+    assert torch.equal(result, expected)
+
+
+def casts(module) -> bool:
+    return module.comfy_cast_weights
