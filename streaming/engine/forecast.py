@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from .codec import align
 
@@ -113,52 +114,63 @@ def lay_out(sizes: Sequence[int], ring_bytes: int) -> list[int]:
     return starts
 
 
-def _waits_for(sizes: Sequence[int], ring_bytes: int) -> list[int | None]:
-    """For each use in steady state, how many uses ago the last of those was whose place it takes; None: nobody's."""
+class _Copy(NamedTuple):
+    """One block's copy in steady state: whose use, so many uses ago, must be over before it (None: it need not wait),
+    and whether its place is its own, so that it arrives once and stays."""
+
+    wait: int | None
+    is_once: bool
+
+
+def _copies(sizes: Sequence[int], ring_bytes: int) -> list[_Copy]:
+    """What each copy into a ring of these sizes has to wait for."""
     starts = lay_out(sizes, ring_bytes)
     count = len(sizes)
     inside: list[tuple[int, int, int]] = []
     waits: list[int | None] = []
+    shared = [False] * count
     for use in range(2 * count):
         start, end = starts[use % count], starts[use % count] + sizes[use % count]
         last = -1
         kept = [(start, end, use)]
         for entry in inside:
             if entry[0] < end and start < entry[1]:
-                if entry[2] > last and entry[2] != use - count:
-                    last = entry[2]
+                if entry[2] != use - count:
+                    last = max(last, entry[2])
+                    shared[use % count] = shared[entry[2] % count] = True
             else:
                 kept.append(entry)
         inside = kept
         if use >= count:
             waits.append(use - last if last >= 0 else None)
-    return waits
+    return [_Copy(wait, not is_shared) for wait, is_shared in zip(waits, shared, strict=True)]
 
 
 def forecast(blocks: Sequence[BlockCost], forms: Sequence[Form], ring_bytes: int, rates: Rates) -> Forecast:
     """Play passes over `blocks`, in the order they run, and time the last one."""
     order = [index for index, form in enumerate(forms) if form.is_streamed]
     sizes = [blocks[index].bytes_as(forms[index]) for index in order]
-    waits = _waits_for(sizes, ring_bytes)
-    # one row a block: lead, restore, compute, then of a streamed one copy time and whom it waits for
-    position = {index: place for place, index in enumerate(order)}
+    copies = dict(zip(order, _copies(sizes, ring_bytes), strict=True))
+    # one row a block: lead, restore, compute, then of a streamed one copy time, whom it waits for, if it comes once
     rows = []
     for index, (block, form) in enumerate(zip(blocks, forms, strict=True)):
         restore_ms = block.moving_bytes / rates.restore if form.is_packed else 0.0
-        place = position.get(index)
-        copy_ms = None if place is None else sizes[place] / (SUSTAINED * rates.link) + COPY_LATENCY_MS
-        rows.append((block.lead_ms, restore_ms, block.compute_ms, copy_ms, None if place is None else waits[place]))
+        copy, copy_ms = copies.get(index), None
+        if copy is not None:
+            copy_ms = block.bytes_as(form) / (SUSTAINED * rates.link) + COPY_LATENCY_MS
+        wait, is_once = copy or (None, False)
+        rows.append((block.lead_ms, restore_ms, block.compute_ms, copy_ms, wait, is_once))
 
     free: list[float] = []
     now = link = begin = 0.0
     for _ in range(ROUNDS):
         begin = now
-        for lead_ms, restore_ms, compute_ms, copy_ms, wait in rows:
+        for lead_ms, restore_ms, compute_ms, copy_ms, wait, is_once in rows:
             now += lead_ms
             if copy_ms is None:
                 now += restore_ms + compute_ms
                 continue
-            if wait is not None or len(free) < len(order):
+            if not is_once or len(free) < len(order):
                 if wait is not None and wait <= len(free) and free[-wait] > link:
                     link = free[-wait]
                 link += copy_ms
@@ -172,8 +184,7 @@ def forecast(blocks: Sequence[BlockCost], forms: Sequence[Form], ring_bytes: int
                 now += compute_ms
                 free.append(now)
         now += rates.tail_ms
-    # A block that shares its place with nobody arrives once and stays.
-    link_ms = sum(row[3] or 0.0 for row in rows if row[4] is not None)
+    link_ms = sum(row[3] for row in rows if row[3] is not None and not row[5])
     return Forecast(
         # The ring may start out full and run dry only slowly; in the long run the link decides.
         step_ms=max(now - begin, link_ms),
