@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from .packing import Packer
+from .packing import Layout, Packer
 
 logger = logging.getLogger("layerstream")
 
@@ -58,13 +58,22 @@ class Device(Protocol):
         `compute` is the stream that is current, before and after.
         """
 
-    def note_read(self, memory: torch.Tensor) -> None:
-        """Take note that work on the compute stream, up to now, reads `memory`."""
+    def restore(
+        self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream
+    ) -> None:
+        """Start restoring device bytes `packed` into device bytes `out` on `stream` and return at once.
 
-    def discard(self, memory: torch.Tensor) -> None:
-        """Take note that what is in `memory` will not be read again."""
+        `compute` is the stream that is current, before and after. Only where there is a packer.
+        """
+
+    def note_read(self, memory: torch.Tensor, stream: Stream) -> None:
+        """Take note that work on `stream`, up to now, reads `memory`."""
+
+    def discard(self, memory: torch.Tensor, stream: Stream) -> None:
+        """Take note that what is in `memory` will not be read again, after what `stream` has to do so far."""
 
     def copy_stream(self) -> Stream: ...
+    def restore_stream(self) -> Stream: ...
     def compute_stream(self) -> Stream: ...
     def event(self, is_timed: bool = False) -> Event: ...
 
@@ -117,14 +126,27 @@ class CudaDevice:
         destination.copy_(source, non_blocking=True)
         torch.cuda.set_stream(compute)  # type: ignore[arg-type]
 
-    def note_read(self, memory: torch.Tensor) -> None:
+    def restore(
+        self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream
+    ) -> None:
+        assert self.packer is not None
+        torch.cuda.set_stream(stream)  # type: ignore[arg-type]
+        self.packer.decode(packed, layout, out)
+        torch.cuda.set_stream(compute)  # type: ignore[arg-type]
+
+    def note_read(self, memory: torch.Tensor, stream: Stream) -> None:
         pass  # events order it; only a simulation checks that they do
 
-    def discard(self, memory: torch.Tensor) -> None:
+    def discard(self, memory: torch.Tensor, stream: Stream) -> None:
         pass
 
     def copy_stream(self) -> Stream:
+        # A stream of its own, so that copies run beside compute instead of between its kernels.
         return torch.cuda.Stream(self.torch_device)  # type: ignore[return-value]
+
+    def restore_stream(self) -> Stream:
+        # What is restored is needed before what computes now is done, and takes a fraction of its time.
+        return torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[return-value]
 
     def compute_stream(self) -> Stream:
         return torch.cuda.current_stream(self.torch_device)  # type: ignore[return-value]

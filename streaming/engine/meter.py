@@ -7,6 +7,8 @@ when they are long past, so that measuring never waits for anything unless asked
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from .device import Device, Event, Stream
@@ -24,24 +26,23 @@ TELLING_COPY_BYTES = 4 * 1024**2
 class Visit:
     """The events of one block's run in a timed pass; one that need not be brought runs as soon as it is asked for."""
 
-    __slots__ = ("asked", "done", "index", "restored", "restored_bytes", "running")
+    __slots__ = ("asked", "done", "index", "running")
 
-    def __init__(self, index: int, restored_bytes: int, events: list[Event]) -> None:
+    def __init__(self, index: int, events: list[Event]) -> None:
         self.index = index
-        self.restored_bytes = restored_bytes
         self.asked, self.done = events[0], events[-1]
-        self.running, self.restored = (events[1], events[2]) if len(events) == 4 else (self.asked, self.asked)
+        self.running = events[-2]
 
 
-class Copy:
-    """The events of one block's copy in a timed pass."""
+class Transfer:
+    """The events of one block's copy, or of its being restored, in a timed pass."""
 
-    __slots__ = ("arrived", "begun", "index", "size_bytes")
+    __slots__ = ("begun", "ended", "index", "size_bytes")
 
     def __init__(self, index: int, size_bytes: int, events: list[Event]) -> None:
         self.index = index
         self.size_bytes = size_bytes
-        self.begun, self.arrived = events
+        self.begun, self.ended = events
 
 
 @dataclass
@@ -51,8 +52,9 @@ class BlockTimes:
     lead_ms: float = 0.0
     """Compute between the block before and this one."""
     wait_ms: float = 0.0
-    restore_ms: float = 0.0
     compute_ms: float = 0.0
+    restore_ms: float = 0.0
+    """Restoring and copying run beside compute."""
     copy_ms: float = 0.0
 
 
@@ -123,7 +125,8 @@ class Meter:
         self.is_timing = False
         self._passes_of_plan = 0
         self._visits: list[Visit] = []
-        self._copies: list[Copy] = []
+        self._copies: list[Transfer] = []
+        self._restores: list[Transfer] = []
         self._begun: Event = device.event(is_timed=True)
         self._ended: Event = device.event(is_timed=True)
         self._is_open = self._is_closed = False
@@ -141,22 +144,29 @@ class Meter:
             self._is_open = True
             self._begun.record(compute)
 
-    def visit(self, index: int, restored_bytes: int, is_moving: bool = True) -> Visit | None:
-        """The events for a block that runs now, and of which so many bytes are restored; None in an untimed pass."""
+    def visit(self, index: int, is_moving: bool = True) -> Visit | None:
+        """The events for a block that runs now; None in a pass that is not timed."""
         if not self.is_timing:
             return None
-        visit = Visit(index, restored_bytes, self._events(4 if is_moving else 2))
+        visit = Visit(index, self._events(3 if is_moving else 2))
         self._visits.append(visit)
         return visit
 
-    def copy(self, index: int, size_bytes: int) -> Copy | None:
+    def copy(self, index: int, size_bytes: int) -> Transfer | None:
         """Count a copy and give the events for it; None in a pass that is not timed."""
         self.current.moved_bytes += size_bytes
+        return self._transfer(self._copies, index, size_bytes)
+
+    def restore(self, index: int, raw_bytes: int) -> Transfer | None:
+        """The events for restoring a block to so many bytes; None in a pass that is not timed."""
+        return self._transfer(self._restores, index, raw_bytes)
+
+    def _transfer(self, transfers: list[Transfer], index: int, size_bytes: int) -> Transfer | None:
         if not self.is_timing:
             return None
-        copy = Copy(index, size_bytes, self._events(2))
-        self._copies.append(copy)
-        return copy
+        transfer = Transfer(index, size_bytes, self._events(2))
+        transfers.append(transfer)
+        return transfer
 
     def finish_pass(self, whole: bool) -> None:
         """Close the counts of the pass; one that broke off is counted apart and leaves `last` as it was."""
@@ -195,12 +205,15 @@ class Meter:
             return
         if wait:
             self._ended.synchronize()
-        elif not self._ended.query() or not all(copy.arrived.query() for copy in self._copies):
+        elif not self._ended.query() or not all(transfer.ended.query() for transfer in self._transfers()):
             return
-        for copy in self._copies:
-            copy.arrived.synchronize()
+        for transfer in self._transfers():
+            transfer.ended.synchronize()
         self._read()
         self._drop_trace()
+
+    def _transfers(self) -> Iterator[Transfer]:
+        return itertools.chain(self._copies, self._restores)
 
     def _read(self) -> None:
         if not self._visits:
@@ -210,15 +223,15 @@ class Meter:
         for visit in self._visits:
             block = times.blocks.setdefault(visit.index, BlockTimes())
             block.lead_ms += last.elapsed_time(visit.asked)
-            if visit.restored is not visit.asked:
-                block.wait_ms += visit.asked.elapsed_time(visit.running)
-                block.restore_ms += visit.running.elapsed_time(visit.restored)
-            block.compute_ms += visit.restored.elapsed_time(visit.done)
-            times.restored_bytes += visit.restored_bytes
+            block.wait_ms += 0.0 if visit.running is visit.asked else visit.asked.elapsed_time(visit.running)
+            block.compute_ms += visit.running.elapsed_time(visit.done)
             last = visit.done
         times.tail_ms = last.elapsed_time(self._ended)
+        for restore in self._restores:
+            times.blocks.setdefault(restore.index, BlockTimes()).restore_ms += restore.begun.elapsed_time(restore.ended)
+            times.restored_bytes += restore.size_bytes
         for copy in self._copies:
-            copy_ms = copy.begun.elapsed_time(copy.arrived)
+            copy_ms = copy.begun.elapsed_time(copy.ended)
             times.blocks.setdefault(copy.index, BlockTimes()).copy_ms += copy_ms
             if copy.size_bytes >= TELLING_COPY_BYTES:
                 times.copied_bytes += copy.size_bytes
@@ -251,8 +264,8 @@ class Meter:
 
     def _drop_trace(self) -> None:
         for visit in self._visits:
-            self._spare += {visit.asked, visit.running, visit.restored, visit.done}
-        for copy in self._copies:
-            self._spare += (copy.begun, copy.arrived)
-        self._visits, self._copies = [], []
+            self._spare += {visit.asked, visit.running, visit.done}
+        for transfer in self._transfers():
+            self._spare += (transfer.begun, transfer.ended)
+        self._visits, self._copies, self._restores = [], [], []
         self._is_open = self._is_closed = False

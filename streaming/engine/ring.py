@@ -4,7 +4,8 @@ In: the sizes of the blocks that travel, in the order they run, and how large th
 events that guard it. Which block is copied when is the pipeline's business.
 
 Places follow each other round and round, so a place is taken by many blocks in turn and a fixed one each still keeps
-the ring as full as it can be; the tensors over it are made once.
+the ring as full as it can be; the tensors over it are made once. Copies pass through one such ring; what is restored
+from packed copies has another, smaller one.
 """
 
 from __future__ import annotations
@@ -22,36 +23,32 @@ from .forecast import lay_out
 class Place:
     """Where one block's bytes lie while they are on the device.
 
-    Compute waits for `ready` before it reads, and the next copy that touches these bytes waits for `free`. The bytes
-    are the block's own while it `is_held`; while it `is_bound` its forward reads them.
+    Who reads them waits for `ready` first, and whatever is brought next into any of these bytes waits for `free`. The
+    bytes are the block's own while it `is_held`, and not used yet while it `is_fresh`; while it `is_bound` its forward
+    reads them.
     """
 
-    __slots__ = ("end", "free", "index", "is_bound", "is_held", "memory", "ready", "start")
+    __slots__ = ("end", "free", "index", "is_bound", "is_fresh", "is_held", "memory", "ready", "start")
 
     def __init__(self, index: int, device: Device) -> None:
         self.index = index
         self.ready: Event = device.event()
         self.free: Event = device.event()
         self.is_held = False
+        self.is_fresh = False
         self.is_bound = False
         self.start = self.end = 0
         self.memory = torch.empty(0)
 
 
 class Ring:
-    """The places of one model's blocks, and the scratch in which packed blocks are restored, one at a time.
+    """The places of one model's blocks. Raises torch.OutOfMemoryError when they do not fit."""
 
-    Raises torch.OutOfMemoryError when they do not fit.
-    """
-
-    def __init__(
-        self, device: Device, sizes: Mapping[int, int], order: Collection[int], ring_bytes: int, scratch_bytes: int
-    ) -> None:
+    def __init__(self, device: Device, sizes: Mapping[int, int], order: Collection[int], ring_bytes: int) -> None:
         self._device = device
         self._sizes = sizes
         self._bytes = max(ring_bytes, max(map(align, sizes.values()), default=0))
         self._memory = device.allocate(self._bytes)
-        self.scratch = device.allocate(scratch_bytes)
         self.places = {index: Place(index, device) for index in sizes}
         self.missing = len(sizes)
         self._held: list[Place] = []
@@ -59,13 +56,12 @@ class Ring:
 
     @property
     def ring_bytes(self) -> int:
-        return self._memory.numel() + self.scratch.numel()
+        return self._memory.numel()
 
     def arrange(self, order: Collection[int]) -> None:
         """Lay the places out for blocks that run in `order`; what the ring held is forgotten."""
         self.empty()
-        order = [index for index in dict.fromkeys(order) if index in self._sizes]
-        order += [index for index in self._sizes if index not in set(order)]
+        order = [index for index in dict.fromkeys((*order, *self._sizes)) if index in self._sizes]
         for index, start in zip(order, lay_out([self._sizes[i] for i in order], self._bytes), strict=True):
             place = self.places[index]
             place.start, place.end = start, start + self._sizes[index]
@@ -75,14 +71,15 @@ class Ring:
         """True when nothing lies in the place of block `index` that is bound or that one of `soon` will need."""
         return not any(other.is_bound or other.index in soon for other in self._in_the_way(self.places[index]))
 
-    def give(self, index: int, copies: Stream) -> Place:
-        """Take the place of block `index` for it, after whatever on the device still reads there."""
+    def give(self, index: int, stream: Stream) -> Place:
+        """Take the place of block `index` for what `stream` brings, after whatever on the device still reads there."""
         place = self.places[index]
         for other in self._in_the_way(place):
             assert not other.is_bound, "a block was given memory that another one reads"
-            copies.wait_event(other.free)
+            stream.wait_event(other.free)
             self._let_go(other)
-        place.is_held = True
+            self._device.discard(other.memory, stream)
+        place.is_held = place.is_fresh = True
         self._held.append(place)
         self.missing -= 1
         return place
@@ -91,10 +88,9 @@ class Ring:
         return [other for other in self._held if other.start < place.end and place.start < other.end]
 
     def _let_go(self, place: Place) -> None:
-        place.is_held = False
+        place.is_held = place.is_fresh = False
         self._held.remove(place)
         self.missing += 1
-        self._device.discard(place.memory)
 
     def empty(self) -> None:
         """Forget what the ring holds, but for what is bound."""

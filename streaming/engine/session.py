@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .block import ModelBlocks
+from .codec import align
 from .costs import CostSheet
 from .device import Device
 from .forecast import Forecast, forecast
@@ -66,7 +67,7 @@ class Session:
         self._marks: Marks | None = None
         self._moving: dict[int, MovingBlock] = {}
         self._evicted: set[int] = set()
-        self._ring: Ring | None = None
+        self._rings: tuple[Ring, Ring] | None = None
         self._pipeline: Pipeline | None = None
 
     # -- planning ------------------------------------------------------------------------------------------------
@@ -133,7 +134,8 @@ class Session:
 
     @property
     def ring_bytes(self) -> int:
-        return self._ring.ring_bytes if self._ring else 0
+        """What passing weights take of the device now: as they are copied, and as they are restored."""
+        return sum(ring.ring_bytes for ring in self._rings or ())
 
     @property
     def device_bytes(self) -> int:
@@ -143,7 +145,9 @@ class Session:
 
     @property
     def _scratch_bytes(self) -> int:
-        return max((moving.raw_bytes for moving in self._moving.values() if moving.layout), default=0)
+        assert self.plan is not None
+        sizes = [align(moving.raw_bytes) for moving in self._moving.values() if moving.layout]
+        return min(sum(sizes), max(self.plan.scratch_bytes, max(sizes, default=0)))
 
     @property
     def link_bytes(self) -> int:
@@ -271,12 +275,15 @@ class Session:
 
     def _start_run(self) -> Pipeline:
         assert self.plan is not None
-        sizes = {index: moving.source.nbytes for index, moving in self._moving.items() if moving.source is not None}
-        if self._walk.blocks != set(sizes):
-            self._walk = Walk([index for index in self._costs.order() if index in sizes])
-        self._ring = Ring(self.device, sizes, self._walk.order, self.plan.ring_bytes, self._scratch_bytes)
+        copied = {index: moving.source.nbytes for index, moving in self._moving.items() if moving.source is not None}
+        restored = {index: moving.raw_bytes for index, moving in self._moving.items() if moving.layout is not None}
+        if self._walk.blocks != self._moving.keys():
+            self._walk = Walk([index for index in self._costs.order() if index in self._moving])
+        ring = Ring(self.device, copied, self._walk.order, self.plan.ring_bytes)
+        scratch = Ring(self.device, restored, self._walk.order, self._scratch_bytes)
+        self._rings = ring, scratch
         self._pipeline = Pipeline(
-            self.device, self.parts.blocks, self._moving, self._ring, self._walk, self.meter, self._note_bound
+            self.device, self.parts.blocks, self._moving, ring, scratch, self._walk, self.meter, self._note_bound
         )
         return self._pipeline
 
@@ -304,7 +311,7 @@ class Session:
         assert not self.is_running
         if self._pipeline is not None:
             self._pipeline.close()
-        self._pipeline = self._ring = None
+        self._pipeline = self._rings = None
 
     def discard_fetched(self) -> None:
         """Forget what was fetched ahead, because host tensors are about to be changed in place."""
@@ -364,8 +371,8 @@ class Session:
 
     def check(self) -> None:
         """Prove that bytes, places and tensors add up."""
-        if self._ring is not None:
-            self._ring.check()
+        for ring in self._rings or ():
+            ring.check()
         if self.plan is None:
             return
         for index, moving in self._moving.items():

@@ -13,17 +13,20 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy
 import torch
 
-from .packing import Packer
+from .packing import Layout, Packer
+
+EAGERNESS = 0.15  # how likely a deferred stream is to run some of its work when it is given more
 
 POISON = 0xFF  # all bits set is NaN in bf16, fp16, fp32 and both fp8 formats
 
 
 class OrderingError(AssertionError):
-    """The engine copied into memory that compute may still be reading."""
+    """The engine overwrote memory that compute or restoring may still be reading."""
 
 
 class SimulatedEvent:
@@ -71,7 +74,7 @@ class SimulatedStream:
         position = self.done + len(self.pending)
         if not self.deferred:
             self.run_until(position)
-        elif self.chance.random() < 0.3:
+        elif self.chance.random() < EAGERNESS:
             self.run_until(self.done + self.chance.randint(0, len(self.pending)))
         return position
 
@@ -90,6 +93,15 @@ class SimulatedStream:
 
     def synchronize(self) -> None:
         self.run_until(self.done + len(self.pending))
+
+
+class _Read(NamedTuple):
+    """Until which work of a stream the bytes from `start` to `end` are read."""
+
+    start: int
+    end: int
+    stream: SimulatedStream
+    position: int
 
 
 class SimulatedDevice:
@@ -113,8 +125,8 @@ class SimulatedDevice:
         self._peak_bytes = 0
         self._chance = random.Random(seed)
         self._compute = SimulatedStream(deferred=False, chance=self._chance)
-        # (first byte, end, work): until when compute reads there; entries a copy has waited for are dropped
-        self._reads: list[tuple[int, int, int]] = []
+        # Entries that something brought there has waited for are dropped.
+        self._reads: list[_Read] = []
         self._locked: dict[int, int] = {}
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
@@ -125,35 +137,58 @@ class SimulatedDevice:
         memory = numpy.full(size_bytes, POISON, dtype=numpy.uint8)
         self.used_bytes += size_bytes
         self._peak_bytes = max(self._peak_bytes, self.used_bytes)
+        start, end = memory.ctypes.data, memory.ctypes.data + size_bytes
         # Whoever had this memory before may still be reading it on the compute stream, as on a real device.
-        self._reads.append((memory.ctypes.data, memory.ctypes.data + size_bytes, self._compute.done))
-        weakref.finalize(memory, self._give_back, memory.ctypes.data, size_bytes)
+        self._reads.append(_Read(start, end, self._compute, self._compute.done))
+        weakref.finalize(memory, self._give_back, start, size_bytes)
         with torch.inference_mode(False):
             return torch.from_numpy(memory)
 
     def _give_back(self, address: int, size_bytes: int) -> None:
         self.used_bytes -= size_bytes
-        self._reads = [read for read in self._reads if read[1] <= address or address + size_bytes <= read[0]]
+        self._reads = [read for read in self._reads if read.end <= address or address + size_bytes <= read.start]
 
     def copy(
         self, destination: torch.Tensor, source: torch.Tensor, stream: SimulatedStream, compute: SimulatedStream
     ) -> None:
-        start, end = destination.data_ptr(), destination.data_ptr() + destination.nbytes
-        touched = [read for read in self._reads if read[0] < end and start < read[1]]
-        if stream is not self._compute and any(stream.seen.get(self._compute, 0) < read[2] for read in touched):
-            raise OrderingError("a copy was issued into memory without waiting for the compute that reads it")
-        self._reads = [read for read in self._reads if read[0] < start or end < read[1] or read not in touched]
+        self._overwrite(destination, stream)
         self.copied_bytes += destination.nbytes
         stream.append(lambda: destination.copy_(source))
 
-    def note_read(self, memory: torch.Tensor) -> None:
-        self._reads.append((memory.data_ptr(), memory.data_ptr() + memory.nbytes, self._compute.done))
+    def restore(
+        self,
+        packed: torch.Tensor,
+        layout: Layout,
+        out: torch.Tensor,
+        stream: SimulatedStream,
+        compute: SimulatedStream,
+    ) -> None:
+        packer = self.packer
+        assert packer is not None
+        self._overwrite(out, stream)
+        stream.append(lambda: packer.decode(packed, layout, out))
 
-    def discard(self, memory: torch.Tensor) -> None:
-        memory.fill_(POISON)
+    def _overwrite(self, memory: torch.Tensor, stream: SimulatedStream) -> None:
+        """Prove that `stream` has waited for whatever reads `memory`, which it is about to overwrite."""
+        start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        touched = [read for read in self._reads if read.start < end and start < read.end]
+        if any(read.stream is not stream and stream.seen.get(read.stream, 0) < read.position for read in touched):
+            raise OrderingError("memory is overwritten without waiting for what reads it")
+        self._reads = [
+            read for read in self._reads if read.start < start or end < read.end or read not in touched
+        ]
+
+    def note_read(self, memory: torch.Tensor, stream: SimulatedStream) -> None:
+        position = stream.done + len(stream.pending)
+        self._reads.append(_Read(memory.data_ptr(), memory.data_ptr() + memory.nbytes, stream, position))
+
+    def discard(self, memory: torch.Tensor, stream: SimulatedStream) -> None:
+        stream.append(lambda: memory.fill_(POISON))
 
     def copy_stream(self) -> SimulatedStream:
         return SimulatedStream(deferred=True, chance=self._chance)
+
+    restore_stream = copy_stream
 
     def compute_stream(self) -> SimulatedStream:
         return self._compute

@@ -1,0 +1,136 @@
+"""The two stages on the way to the device: copies over the link, and restoring what came packed.
+
+In: the walk, and a ring each. Out: places that hold the blocks ahead, as many as the rings have room for. Each stage
+has a stream of its own, so that both run beside compute and beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .device import Device, Stream
+from .loader import MovingBlock
+from .meter import Meter
+from .ring import Place, Ring
+from .walk import Walk
+
+
+class Stage:
+    """Fills `ring` with the blocks that run next. `compute` is the stream that is current while it does."""
+
+    def __init__(
+        self,
+        device: Device,
+        moving: Mapping[int, MovingBlock],
+        ring: Ring,
+        stream: Stream,
+        walk: Walk,
+        meter: Meter,
+    ) -> None:
+        self.ring = ring
+        self.stream = stream
+        self.compute = device.compute_stream()
+        self._device = device
+        self._moving = moving
+        self._walk = walk
+        self._meter = meter
+
+    def refill(self) -> None:
+        """Bring the blocks ahead, soonest first, until one's place is still needed by a sooner one."""
+        if not self.ring.missing:
+            return
+        soon: list[int] = []
+        for index in self._walk.ahead():
+            place = self.ring.places.get(index)
+            if place is None or self._is_past(index):
+                continue
+            if not place.is_held:
+                if not self.ring.can_give(index, soon) or not self._can_bring(index):
+                    return
+                self._start(index)
+            soon.append(index)
+
+    def bring_now(self, index: int) -> bool:
+        """Have the block in its place, though nobody foresaw it; False where one that is in use lies there."""
+        if not self.ring.places[index].is_held:
+            if not self.ring.can_give(index, soon=()):
+                return False
+            self._start(index)
+        return True
+
+    def _start(self, index: int) -> None:
+        place = self.ring.give(index, self.stream)
+        self._bring(index, place)
+        place.ready.record(self.stream)
+
+    def _is_past(self, index: int) -> bool:
+        """Whether the block has left this stage behind and needs no place here before it runs."""
+        raise NotImplementedError
+
+    def _can_bring(self, index: int) -> bool:
+        """Whether what the block is made of is there, or on its way."""
+        raise NotImplementedError
+
+    def _bring(self, index: int, place: Place) -> None:
+        """Start bringing the block into `place`, after what the stream waits for already."""
+        raise NotImplementedError
+
+
+class Copying(Stage):
+    """Copies from slabs into the ring. What is restored already, in `scratch`, is not copied again before it runs."""
+
+    def __init__(
+        self, device: Device, moving: Mapping[int, MovingBlock], ring: Ring, scratch: Ring, walk: Walk, meter: Meter
+    ) -> None:
+        super().__init__(device, moving, ring, device.copy_stream(), walk, meter)
+        self._scratch = scratch
+
+    def _is_past(self, index: int) -> bool:
+        restored = self._scratch.places.get(index)
+        return restored is not None and restored.is_fresh
+
+    def _can_bring(self, index: int) -> bool:
+        return True
+
+    def _bring(self, index: int, place: Place) -> None:
+        source = self._moving[index].source
+        assert source is not None
+        timing = self._meter.copy(index, source.nbytes)
+        if timing is not None:
+            timing.begun.record(self.stream)
+        self._device.copy(place.memory, source, self.stream, self.compute)
+        if timing is not None:
+            timing.ended.record(self.stream)
+
+
+class Restoring(Stage):
+    """Restores packed blocks into the scratch, from where `copied` has their bytes or from where they are kept."""
+
+    def __init__(
+        self, device: Device, moving: Mapping[int, MovingBlock], scratch: Ring, copied: Ring, walk: Walk, meter: Meter
+    ) -> None:
+        super().__init__(device, moving, scratch, device.restore_stream(), walk, meter)
+        self._copied = copied
+
+    def _is_past(self, index: int) -> bool:
+        return False
+
+    def _can_bring(self, index: int) -> bool:
+        return self._moving[index].source is None or self._copied.places[index].is_held
+
+    def _bring(self, index: int, place: Place) -> None:
+        moving = self._moving[index]
+        assert moving.layout is not None
+        arrived = None if moving.source is None else self._copied.places[index]
+        packed = moving.kept() if arrived is None else arrived.memory
+        if arrived is not None:
+            self.stream.wait_event(arrived.ready)
+        timing = self._meter.restore(index, moving.raw_bytes)
+        if timing is not None:
+            timing.begun.record(self.stream)
+        self._device.restore(packed, moving.layout, place.memory, self.stream, self.compute)
+        if timing is not None:
+            timing.ended.record(self.stream)
+        if arrived is not None:
+            arrived.free.record(self.stream)
+            self._device.note_read(arrived.memory, self.stream)
