@@ -1,7 +1,7 @@
 """How long a pass will take: the pipeline played through on paper.
 
-In: what each block costs and how it travels. Out: a `Forecast`. It follows the same rules as `pipeline` and `ring`:
-copies in order on one link, each into the place `lay_out` gives it, as soon as what lies there was used.
+In: what each block costs and how it travels. Out: a `Forecast`. It follows the same rules as `stage` and `ring`: copies
+in order on one link, each into the place `lay_out` gives it, as soon as what lies there was used; restoring likewise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 
 from .codec import align
 
@@ -19,6 +18,11 @@ COPY_LATENCY_MS = 0.01
 # Of the rate that single copies reach, what a link sustains: copies start late, and the device fetches its commands
 # over the same link.
 SUSTAINED = 0.95
+
+# Of the time that copying and restoring take, what compute loses that runs beside them: they share the memory, and
+# restoring shares the processors. On an H200 kernels bound by memory run 11 % slower beside copies, others as ever.
+COPY_TOLL = 0.025
+RESTORE_TOLL = 0.5
 
 # Passes played through; the last one is taken, when what the first ones began with has worn off.
 ROUNDS = 3
@@ -82,8 +86,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A pass in steady state, milliseconds. `step_ms` is never less than `floor_ms`: the compute, restoring included,
-    or the copies, whichever is longer."""
+    """A pass in steady state, milliseconds. `step_ms` is never less than `floor_ms`: the compute, with what it loses to
+    what runs beside it, or the copies, whichever is longer."""
 
     step_ms: float
     compute_ms: float
@@ -92,12 +96,16 @@ class Forecast:
 
     @property
     def floor_ms(self) -> float:
-        return max(self.compute_ms + self.restore_ms, self.link_ms)
+        return max(self._whole_compute_ms, self.link_ms, self.restore_ms)
 
     @property
     def limit(self) -> str:
         """What the step cannot be faster than: `compute` or `link`."""
-        return "link" if self.link_ms > self.compute_ms + self.restore_ms else "compute"
+        return "link" if self.link_ms > self._whole_compute_ms else "compute"
+
+    @property
+    def _whole_compute_ms(self) -> float:
+        return self.compute_ms + COPY_TOLL * self.link_ms + RESTORE_TOLL * self.restore_ms
 
 
 def lay_out(sizes: Sequence[int], ring_bytes: int) -> list[int]:
@@ -114,12 +122,9 @@ def lay_out(sizes: Sequence[int], ring_bytes: int) -> list[int]:
     return starts
 
 
-class _Copy(NamedTuple):
-    """One block's copy in steady state: whose use, so many uses ago, must be over before it (None: it need not wait),
-    and whether its place is its own, so that it arrives once and stays."""
-
-    wait: int | None
-    is_once: bool
+# Of one block's copy in steady state: whose use, so many uses ago, must be over before it (None: it need not wait), and
+# whether its place is its own, so that it arrives once and stays. Tuples all, since thousands are made for a plan.
+_Copy = tuple[int | None, bool]
 
 
 def _copies(sizes: Sequence[int], ring_bytes: int) -> list[_Copy]:
@@ -143,52 +148,84 @@ def _copies(sizes: Sequence[int], ring_bytes: int) -> list[_Copy]:
         inside = kept
         if use >= count:
             waits.append(use - last if last >= 0 else None)
-    return [_Copy(wait, not is_shared) for wait, is_shared in zip(waits, shared, strict=True)]
+    return [(wait, not is_shared) for wait, is_shared in zip(waits, shared, strict=True)]
 
 
-def forecast(blocks: Sequence[BlockCost], forms: Sequence[Form], ring_bytes: int, rates: Rates) -> Forecast:
+class _Stage:
+    """A stage played through: it is busy until `now_ms`, and what it brought was used at `used_ms`, in order."""
+
+    def __init__(self, count: int) -> None:
+        self.now_ms = 0.0
+        self.used_ms: list[float] = []
+        self._count = count
+
+    def bring(self, after_ms: float, takes_ms: float, copy: _Copy) -> float:
+        """When the next block is there that can be brought `after_ms`."""
+        wait, is_once = copy
+        used_ms = self.used_ms
+        if is_once and len(used_ms) >= self._count:
+            return 0.0
+        if after_ms < self.now_ms:
+            after_ms = self.now_ms
+        if wait is not None and wait <= len(used_ms) and used_ms[-wait] > after_ms:
+            after_ms = used_ms[-wait]
+        self.now_ms = after_ms + takes_ms
+        return self.now_ms
+
+
+def forecast(
+    blocks: Sequence[BlockCost], forms: Sequence[Form], ring_bytes: int, scratch_bytes: int, rates: Rates
+) -> Forecast:
     """Play passes over `blocks`, in the order they run, and time the last one."""
-    order = [index for index, form in enumerate(forms) if form.is_streamed]
-    sizes = [blocks[index].bytes_as(forms[index]) for index in order]
-    copies = dict(zip(order, _copies(sizes, ring_bytes), strict=True))
-    # one row a block: lead, restore, compute, then of a streamed one copy time, whom it waits for, if it comes once
-    rows = []
-    for index, (block, form) in enumerate(zip(blocks, forms, strict=True)):
-        restore_ms = block.moving_bytes / rates.restore if form.is_packed else 0.0
-        copy, copy_ms = copies.get(index), None
-        if copy is not None:
-            copy_ms = block.bytes_as(form) / (SUSTAINED * rates.link) + COPY_LATENCY_MS
-        wait, is_once = copy or (None, False)
-        rows.append((block.lead_ms, restore_ms, block.compute_ms, copy_ms, wait, is_once))
-
-    free: list[float] = []
-    now = link = begin = 0.0
+    rows = _rows(blocks, forms, ring_bytes, scratch_bytes, rates)
+    link = _Stage(sum(copy is not None for *_, copy, _ in rows))
+    restorer = _Stage(sum(restore is not None for *_, restore in rows))
+    now = begin = 0.0
     for _ in range(ROUNDS):
         begin = now
-        for lead_ms, restore_ms, compute_ms, copy_ms, wait, is_once in rows:
+        for lead_ms, compute_ms, copy_ms, restore_ms, copy, restore in rows:
             now += lead_ms
-            if copy_ms is None:
-                now += restore_ms + compute_ms
-                continue
-            if not is_once or len(free) < len(order):
-                if wait is not None and wait <= len(free) and free[-wait] > link:
-                    link = free[-wait]
-                link += copy_ms
-                if link > now:
-                    now = link
-            now += restore_ms
-            if restore_ms:
-                free.append(now)
-                now += compute_ms
-            else:
-                now += compute_ms
-                free.append(now)
+            there = 0.0
+            if copy is not None:
+                there = link.bring(0.0, copy_ms, copy)
+            if restore is not None:
+                there = restorer.bring(there, restore_ms, restore)
+                if copy is not None:
+                    link.used_ms.append(there)
+            if there > now:
+                now = there
+            now += compute_ms
+            if restore is not None:
+                restorer.used_ms.append(now)
+            elif copy is not None:
+                link.used_ms.append(now)
         now += rates.tail_ms
-    link_ms = sum(row[3] for row in rows if row[3] is not None and not row[5])
+    link_ms = sum(copy_ms for _, _, copy_ms, _, copy, _ in rows if copy is not None and not copy[1])
+    restore_ms = sum(restore_ms for *_, restore_ms, _, restore in rows if restore is not None and not restore[1])
     return Forecast(
         # The ring may start out full and run dry only slowly; in the long run the link decides.
-        step_ms=max(now - begin, link_ms),
-        compute_ms=sum(row[0] + row[2] for row in rows) + rates.tail_ms,
-        restore_ms=sum(row[1] for row in rows),
+        step_ms=max(now - begin, link_ms, restore_ms),
+        compute_ms=sum(block.span_ms for block in blocks) + rates.tail_ms,
+        restore_ms=restore_ms,
         link_ms=link_ms,
     )
+
+
+def _rows(
+    blocks: Sequence[BlockCost], forms: Sequence[Form], ring_bytes: int, scratch_bytes: int, rates: Rates
+) -> list[tuple[float, float, float, float, _Copy | None, _Copy | None]]:
+    """One row a block: lead, compute, copy and restore time, and how it comes into either ring, None where not."""
+    streamed = [index for index, form in enumerate(forms) if form.is_streamed]
+    packed = [index for index, form in enumerate(forms) if form.is_packed]
+    copied = [blocks[index].bytes_as(forms[index]) for index in streamed]
+    restored = [blocks[index].moving_bytes for index in packed]
+    copies = dict(zip(streamed, _copies(copied, ring_bytes), strict=True))
+    restores = dict(zip(packed, _copies(restored, scratch_bytes), strict=True))
+    rows = []
+    for index, (block, form) in enumerate(zip(blocks, forms, strict=True)):
+        copy, restore = copies.get(index), restores.get(index)
+        copy_ms = block.bytes_as(form) / (SUSTAINED * rates.link) + COPY_LATENCY_MS if copy else 0.0
+        restore_ms = block.moving_bytes / rates.restore if restore else 0.0
+        toll_ms = COPY_TOLL * copy_ms + RESTORE_TOLL * restore_ms
+        rows.append((block.lead_ms, block.compute_ms + toll_ms, copy_ms, restore_ms, copy, restore))
+    return rows

@@ -6,18 +6,19 @@ In: what each block costs, the bytes that must always be resident, a budget, and
 The reasoning, all of it linear: of `moving` bytes, what the budget does not hold must cross the link in every pass. As
 long as it crosses while the blocks compute, streaming costs nothing. Where it does not, packing makes the link's part
 0.67 of the size, first of what streams, then, where that is not enough, of what stays as well, so that more stays;
-both cost the time to restore them, eight times less than they save. So as little is packed as lets the link keep pace.
+both cost some of the time that restoring them takes. So as little is packed as lets the link keep pace.
 What streams is spread over the walk by compute time, so that the link is as busy under every block.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from .codec import align
-from .forecast import SUSTAINED, BlockCost, Forecast, Form, Rates, forecast
+from .forecast import RESTORE_TOLL, SUSTAINED, BlockCost, Forecast, Form, Rates, forecast
 
 GIB = 1024**3
 
@@ -28,13 +29,19 @@ TINY_BYTES = 64 * 1024
 # Sizes of the ring to choose from, in places of the largest size: more places even out more, and hold no residents.
 RING_DEPTHS = (2, 3, 4, 6)
 
+# Sizes of the scratch to choose from, in largest packed blocks: with two, one is restored while another computes.
+SCRATCH_PLACES = (2.0, 1.5, 1.0)
+
 # The link shall be done in this share of a pass, so that what is uneven has room.
 PACES = (0.99, 0.94)
 
-FITTING_ROUNDS = 5
+# A plan this near to what it cannot be faster than is good enough.
+NEAR_FLOOR = 1.003
 
-# Packing a block takes this many times its size of device memory beside the block; what the ring will have serves.
-PACKING_ROOM = 1.35
+FITTING_ROUNDS = 8
+
+# Packing a block takes this many times its size of device memory; what ring and scratch will have serves.
+PACKING_ROOM = 2.35
 
 # How far, in sizes of the block, the spread may be off before a block leaves the form it has: moving costs time and
 # leaves holes in the device's memory.
@@ -126,10 +133,24 @@ def make_plan(
     if budget_bytes is None or stream_all:
         return least
     paces = PACES if rates and packing is Packing.AUTO else PACES[:1]
-    plans = [planner.within(budget_bytes, depth, pace) for depth in depths for pace in paces]
-    fitting = [plan for plan in plans if plan is not None] or [least]
-    # Of plans that take the same time, the one that moves less leaves more of the link to others.
-    return min(fitting, key=lambda plan: (plan.expected.step_ms if plan.expected else 0.0, plan.link_bytes))
+    best, best_depth, best_pace = least, 0, 0.0
+    for depth, pace in itertools.product(depths, paces):
+        plan = planner.within(budget_bytes, depth, pace)
+        if plan is not None and (not best_depth or _rank(plan) < _rank(best)):
+            best, best_depth, best_pace = plan, depth, pace
+        if best_depth and best.expected and best.expected.step_ms <= NEAR_FLOOR * best.expected.floor_ms:
+            break  # a larger ring holds no residents, so it has no lower floor
+    if rates is not None and best.is_packed and best_depth:
+        for planner.scratch_places in SCRATCH_PLACES[1:]:
+            plan = planner.within(budget_bytes, best_depth, best_pace)
+            if plan is not None and _rank(plan) < _rank(best):
+                best = plan
+    return best
+
+
+def _rank(plan: Plan) -> tuple[float, int]:
+    """The lower the better: of plans that take the same time, the one that moves less leaves the link to others."""
+    return (plan.expected.step_ms if plan.expected else 0.0, plan.link_bytes)
 
 
 class _Planner:
@@ -150,6 +171,7 @@ class _Planner:
         self.rates = rates
         self.packing = packing
         self.present: Sequence[Form | None] = present or [None] * len(blocks)
+        self.scratch_places = SCRATCH_PLACES[0]
         is_timed = rates is not None and sum(block.span_ms for block in blocks) > 0
         self.spans = [block.span_ms if is_timed else float(block.moving_bytes) for block in blocks]
         self.compute_ms = sum(block.span_ms for block in blocks) + (rates.tail_ms if rates else 0.0)
@@ -162,7 +184,7 @@ class _Planner:
     # -- plans from forms ----------------------------------------------------------------------------------------
 
     def plan(self, forms: Sequence[Form], ring_bytes: int) -> Plan:
-        kept_bytes = streamed_bytes = link_bytes = places_bytes = scratch_bytes = 0
+        kept_bytes = streamed_bytes = link_bytes = places_bytes = packed_bytes = largest_bytes = 0
         for block, form in zip(self.blocks, forms, strict=True):
             size = block.bytes_as(form)
             if form.is_streamed:
@@ -172,21 +194,23 @@ class _Planner:
             else:
                 kept_bytes += size
             if form.is_packed:
-                scratch_bytes = max(scratch_bytes, block.moving_bytes)
+                packed_bytes += align(block.moving_bytes)
+                largest_bytes = max(largest_bytes, align(block.moving_bytes))
+        scratch_bytes = min(align(int(self.scratch_places * largest_bytes)), packed_bytes)
         return Plan(
             forms=tuple(forms),
             outside_bytes=self.outside_bytes,
             resident_bytes=self.fixed_bytes + kept_bytes,
             streamed_bytes=streamed_bytes,
             link_bytes=link_bytes,
-            ring_bytes=max(min(ring_bytes, places_bytes), int(PACKING_ROOM * scratch_bytes)),
+            ring_bytes=max(min(ring_bytes, places_bytes), int(PACKING_ROOM * largest_bytes) - scratch_bytes),
             scratch_bytes=scratch_bytes,
         )
 
     def with_forecast(self, plan: Plan) -> Plan:
         if self.rates is None:
             return plan
-        expected = forecast(self.blocks, plan.forms, plan.ring_bytes, self.rates)
+        expected = forecast(self.blocks, plan.forms, plan.ring_bytes, plan.scratch_bytes, self.rates)
         return replace(plan, expected=expected)
 
     def largest(self, is_packed: bool) -> int:
@@ -214,7 +238,7 @@ class _Planner:
         if self.rates is None:
             return 0.0, 0.0
         link = SUSTAINED * self.rates.link
-        saved, cost = (1 - self.packed_share) / link, pace / self.rates.restore
+        saved, cost = (1 - self.packed_share) / link, pace * RESTORE_TOLL / self.rates.restore
         streamed = self.moving_bytes - room_bytes
         behind_ms = streamed / link - pace * self.compute_ms
         if behind_ms <= 0 or streamed <= 0:
@@ -228,7 +252,7 @@ class _Planner:
             resident = self._resident_bytes(room_bytes, middle)
             link_ms = (self.moving_bytes - resident) * self.packed_share / link
             restored = self.moving_bytes - resident * (1 - middle)
-            if link_ms > pace * (self.compute_ms + restored / self.rates.restore):
+            if link_ms > pace * (self.compute_ms + RESTORE_TOLL * restored / self.rates.restore):
                 low = middle
             else:
                 high = middle
@@ -243,10 +267,12 @@ class _Planner:
         held_bytes = self.outside_bytes + self.fixed_bytes
         pack, pack_kept = self._shares(budget_bytes - held_bytes - depth * self.largest(False), pace)
         ring_bytes = depth * self.largest(is_packed=pack == 1.0)
-        scratch_bytes = self.largest(is_packed=False) if pack or pack_kept else 0
+        scratch_bytes = int(self.scratch_places * self.largest(is_packed=False)) if pack or pack_kept else 0
         room_bytes = float(budget_bytes - held_bytes - ring_bytes - scratch_bytes)
         best: Plan | None = None
-        # Blocks are whole, so what comes out differs from what was asked for; asking differently closes the gap.
+        # Blocks are whole and the spread leaves some of it where the link has nothing to do, so what comes out differs
+        # from what was asked for; asking differently, as a secant says, closes the gap.
+        low, high, slope, last = 0.0, room_bytes, 1.0, (room_bytes, 0.0)
         for _ in range(FITTING_ROUNDS):
             streamed = self.moving_bytes - self._resident_bytes(room_bytes, pack_kept)
             plan = self.plan(self._spread(streamed, pack, pack_kept, ring_bytes), ring_bytes)
@@ -255,7 +281,13 @@ class _Planner:
                 best = plan
             if -self.largest(False) < over_bytes <= 0:
                 break
-            room_bytes -= over_bytes if over_bytes <= 0 else max(over_bytes, self.largest(False) / 2)
+            low, high = (low, room_bytes) if over_bytes > 0 else (room_bytes, high)
+            if room_bytes != last[0] and over_bytes != last[1]:
+                slope = (over_bytes - last[1]) / (room_bytes - last[0])
+            last = room_bytes, float(over_bytes)
+            room_bytes -= (over_bytes + self.largest(False) / 2) / slope
+            if not low < room_bytes < high:
+                room_bytes = (low + high) / 2
         return None if best is None else self.with_forecast(self._filled(best, budget_bytes))
 
     def _spread(self, streamed_bytes: float, pack: float, pack_kept: float, ring_bytes: float) -> list[Form]:

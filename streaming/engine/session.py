@@ -102,7 +102,7 @@ class Session:
             return None
         order = self._costs.order()
         forms = [plan.forms[index] for index in order]
-        return forecast(self._costs.of(order), forms, plan.ring_bytes, self._costs.rates)
+        return forecast(self._costs.of(order), forms, plan.ring_bytes, plan.scratch_bytes, self._costs.rates)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 

@@ -85,11 +85,13 @@ class SimulatedStream:
             work()
 
     def wait_event(self, event: SimulatedEvent) -> None:
-        if event.stream is None:
+        stream, position = event.stream, event.position
+        if stream is None:
             return
-        self.seen[event.stream] = max(self.seen.get(event.stream, 0), event.position)
-        # Waiting is itself work of this stream: what stands before it must not be held up.
-        self.append(event.synchronize)
+        self.seen[stream] = max(self.seen.get(stream, 0), position)
+        # Waiting is itself work of this stream: what stands before it must not be held up. What is waited for is the
+        # event as it is now, whatever is recorded with it later.
+        self.append(lambda: stream.run_until(position))
 
     def synchronize(self) -> None:
         self.run_until(self.done + len(self.pending))

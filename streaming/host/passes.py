@@ -11,6 +11,8 @@ from typing import Any
 
 import comfy.sampler_helpers
 
+from .streams import Way
+
 WRAPPER_KEY = "layerstream"
 
 # ComfyUI puts conditional and unconditional into one batch only where this many times their estimate is free.
@@ -23,8 +25,10 @@ def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
     stream = getattr(patcher, "stream", None)
     if stream is None or not stream.is_in_place:
         return executor(*args, **kwargs)
-    if not stream.session.is_running and stream.measure():
-        patcher.replan()
+    if not stream.session.is_running:
+        stream.batch = max(stream.batch, len(args[0]))
+        if stream.measure():
+            patcher.replan()
     with stream.session.one_pass():
         return executor(*args, **kwargs)
 
@@ -42,7 +46,11 @@ def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: 
     """PREPARE_SAMPLING: note what ComfyUI estimates that the run needs besides weights, before the model loads."""
     stream = getattr(model, "stream", None)
     if stream is not None and stream.device.holds_activations:
-        stream.begin_run((tuple(noise_shape), stream.is_guided))
         both, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
-        stream.reserve_bytes = int(both * BATCH_MARGIN if stream.is_guided else single)
+        walks = sum(map(len, conds.values())) if stream.is_guided else 1
+        stream.ways = (Way(walks, int(single)),)
+        if walks > 1:
+            stream.ways = (Way(1, int(both * BATCH_MARGIN), is_batch=True), *stream.ways)
+        stream.whole_batch = walks * noise_shape[0]
+        stream.begin_run((tuple(noise_shape), both, walks))
     return executor(model, noise_shape, conds, *args, **kwargs)

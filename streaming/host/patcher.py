@@ -95,6 +95,15 @@ class StreamingModelPatcher(ModelPatcher):
         session = self.stream.session
         return session.resident_bytes + session.ring_bytes
 
+    def get_free_memory(self, device: torch.device) -> float:
+        """Bytes that compute can take, by which ComfyUI decides whether conditional and unconditional fit in one batch.
+
+        Where they were seen to fit there is nothing to estimate.
+        """
+        if self.stream.is_in_place and self.stream.is_batch_sure:
+            return float("inf")
+        return super().get_free_memory(device)
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     def load(

@@ -7,14 +7,15 @@ little, because a plan that moves costs more than it brings.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+import math
+from collections.abc import Container, Iterator
 from functools import partial
 
 from comfy.cli_args import args
 
 from ..engine.plan import BudgetTooSmall, Packing, Plan
 from .settings import GIB, Mode, StreamingSettings
-from .streams import ModelStream
+from .streams import ModelStream, Way
 
 logger = logging.getLogger("layerstream")
 
@@ -42,16 +43,25 @@ def choose_plan(
     Raises BudgetTooSmall when the person's own figure does not hold the least the model needs.
     """
     session = stream.session
-    budget_bytes = _budget(stream, settings, allowed_bytes, held_bytes)
-    everything = settings.mode is Mode.ALWAYS
     propose = partial(session.propose, packing=packing, unpacked=unpacked)
-    try:
-        plan = propose(budget_bytes, prefetch=settings.prefetch_blocks, stream_all=everything)
-    except BudgetTooSmall as error:
+    least_traffic, budget_bytes, plan = math.inf, 0, None
+    too_small: BudgetTooSmall | None = None
+    for way, way_budget_bytes in _budgets(stream, settings, allowed_bytes, held_bytes):
+        try:
+            found = propose(
+                way_budget_bytes, prefetch=settings.prefetch_blocks, stream_all=settings.mode is Mode.ALWAYS
+            )
+        except BudgetTooSmall as error:
+            too_small = too_small or error
+            continue
+        if way.walks * found.link_bytes < least_traffic or plan is None:
+            least_traffic, budget_bytes, plan = way.walks * found.link_bytes, way_budget_bytes, found
+    if plan is None:
+        assert too_small is not None
         if settings.is_explicit:
-            raise
+            raise too_small
         plan = propose(None, prefetch=1, stream_all=True)
-        logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", error, plan.device_bytes / GIB)
+        logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", too_small, plan.device_bytes / GIB)
     present = session.plan if stream.is_in_place else None
     is_asked_for = stream.settings == (settings, packing)
     if present is not None and any(form.is_packed and index in unpacked for index, form in enumerate(present.forms)):
@@ -77,18 +87,29 @@ def _does(stream: ModelStream, settings: StreamingSettings, present: Plan, plan:
     return plan.resident_bytes - present.resident_bytes < WORTH_IN_SIZE * total_bytes
 
 
-def _budget(stream: ModelStream, settings: StreamingSettings, allowed_bytes: float, held_bytes: int) -> int:
-    """Bytes that weights and ring may take: the person's figure, or what is free less what compute needs.
+def _budgets(
+    stream: ModelStream, settings: StreamingSettings, allowed_bytes: float, held_bytes: int
+) -> Iterator[tuple[Way, int]]:
+    """For each way to run, the bytes that weights and rings may take: the person's figure, or what is free less what
+    compute needs.
 
-    Once a run of the same shape has shown what fits beside its compute, ComfyUI's estimate is not needed, as long as
-    no more is in the way than then.
+    Once a run of the same kind has shown what fits beside its compute, ComfyUI's estimate is not needed, as long as no
+    more is in the way than then; but it is what ComfyUI goes by where we are not asked whether a batch fits.
     """
     free_bytes = stream.device.free_bytes() + held_bytes
-    by_estimate = settings.budget_bytes(free_bytes, allowed_bytes, stream.reserve_bytes)
-    # ComfyUI splits conditional and unconditional into two passes unless its own estimate is free.
-    if stream.fitting_bytes is None or settings.is_explicit or stream.is_guided:
-        return by_estimate
-    return min(stream.fitting_bytes, free_bytes) - least_left(settings)
+    for way in stream.ways:
+        if settings.is_explicit:
+            yield way, settings.budget_bytes(free_bytes, allowed_bytes, 0)
+            return
+        if stream.fitting_bytes is None:
+            yield way, settings.budget_bytes(free_bytes, allowed_bytes, way.reserve_bytes)
+            continue
+        fitting_bytes = min(stream.fitting_bytes, free_bytes) - least_left(settings)
+        if way.is_batch and not stream.is_batch_sure:
+            fitting_bytes = min(fitting_bytes, free_bytes - way.reserve_bytes)
+        yield way, fitting_bytes
+        if stream.is_batch_sure:
+            return
 
 
 def least_left(settings: StreamingSettings) -> int:

@@ -10,6 +10,7 @@ import uuid
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -33,6 +34,17 @@ SPARE_RAM_BYTES = 8 * 1024**3
 PACKED_SHARE = 0.75
 
 
+class Way(NamedTuple):
+    """A way to run a step: in how many walks over the blocks, and what it is estimated to need besides weights.
+
+    Guided runs can have conditional and unconditional in one batch, which needs more memory, or walk once for each.
+    """
+
+    walks: int = 1
+    reserve_bytes: int = 0
+    is_batch: bool = False
+
+
 @dataclass(eq=False)
 class ModelStream:
     """A session with what the host needs to know of it.
@@ -46,12 +58,17 @@ class ModelStream:
     family: Family
     load_id: uuid.UUID | None = None
     is_guided: bool = False
-    reserve_bytes: int = 0
+    ways: tuple[Way, ...] = (Way(),)
+    """How the coming run can go, the one in a single walk first."""
+    batch: int = 0
+    """The most that passes of this kind of run had in a batch."""
+    whole_batch: int = 1
+    """What they have where nothing is split."""
     budget_bytes: int = 0
     settings: tuple[StreamingSettings, Packing] | None = None
     """What the plan in place was made for."""
     shape: Hashable = None
-    """What kind of run it is: its latent's shape and whether it is guided."""
+    """What kind of run it is: its latent's shape, what is estimated for it, whether it is guided and by what."""
     fitting_bytes: int | None = None
     """What weights and ring can take on the card in a run of this shape, as seen in one; None until then."""
     compute_bytes: int = 0
@@ -73,10 +90,16 @@ class ModelStream:
         assert self._session is not None, "the session opens with the first load"
         return self._session
 
+    @property
+    def is_batch_sure(self) -> bool:
+        """True where runs of this kind were seen to fit in one batch, and ComfyUI asks us before it splits one."""
+        is_asked = hasattr(ModelPatcher, "get_free_memory")
+        return is_asked and self.fitting_bytes is not None and self.batch >= self.whole_batch
+
     def begin_run(self, shape: Hashable) -> None:
         """Take note that a run of `shape` comes; what was measured for another one does not hold for it."""
         if shape != self.shape:
-            self.shape, self.fitting_bytes = shape, None
+            self.shape, self.fitting_bytes, self.batch = shape, None, 0
             if self.is_open:
                 self.session.meter.forget_times()
 
