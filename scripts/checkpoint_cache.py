@@ -33,7 +33,7 @@ def diffusion_model(
 ) -> Path:
     """The diffusion model file of `family`, with a depth of its own where `layers`, `double` or `single` are given."""
     depth = {kind: count for kind, count in (("layers", layers), ("double", double), ("single", single)) if count}
-    return _cached(
+    return cached(
         "-".join([family, size, *(f"{kind}{count}" for kind, count in depth.items())]),
         lambda path: checkpoints.write_diffusion_model(
             family, path, size=size, layers=layers, double=double, single=single, device=device
@@ -45,15 +45,26 @@ def workflow_models(*, size: Size = "narrow", device: str = "cpu") -> dict[str, 
     """The example workflow's files by their place under a models folder, with random weights."""
     return {
         WORKFLOW_FILES["diffusion_model"]: diffusion_model("zimage", size=size, device=device),
-        WORKFLOW_FILES["text_encoder"]: _cached(
-            f"zimage-text-encoder-{size}",
-            lambda path: checkpoints.write_text_encoder("zimage", path, size=size, device=device),
-        ),
-        WORKFLOW_FILES["vae"]: _cached("zimage-vae", lambda path: checkpoints.write_vae("zimage", path, device=device)),
+        WORKFLOW_FILES["text_encoder"]: text_encoder("zimage", size=size, device=device),
+        WORKFLOW_FILES["vae"]: vae("zimage", device=device),
     }
 
 
-def _cached(name: str, write: Callable[[Path], Path]) -> Path:
+def text_encoder(family: Family, *, size: Size = "narrow", device: str = "cpu") -> Path:
+    """The text encoder file of `family`: for Z-Image, when narrow, CLIP-L."""
+    return cached(
+        f"{family}-text-encoder-{size}",
+        lambda path: checkpoints.write_text_encoder(family, path, size=size, device=device),
+    )
+
+
+def vae(family: Family, *, device: str = "cpu") -> Path:
+    """The image autoencoder file of `family`."""
+    return cached(f"{family}-vae", lambda path: checkpoints.write_vae(family, path, device=device))
+
+
+def cached(name: str, write: Callable[[Path], Path]) -> Path:
+    """The file called `name`, written by `write` on the first request; what `write` depends on must be in the name."""
     folder = CACHE / "checkpoints" / _code_version()
     path = folder / f"{name}.safetensors"
     if not path.is_file():

@@ -49,6 +49,8 @@ DTYPES: dict[Family, torch.dtype] = {
     "sdxl": torch.float16,
 }
 """The type of the published files' weights."""
+CHECKPOINT_PREFIX = "model.diffusion_model."
+"""What the names of a diffusion model begin with in a file that holds other parts too."""
 COMPONENT_FAMILIES: tuple[Family, ...] = ("zimage", "flux")
 """The families whose text encoder and autoencoder can be written too; both take images of 16 latent channels."""
 
@@ -145,12 +147,12 @@ def _check_components(family: Family) -> None:
 
 
 def stored_bytes(path: Path) -> int:
-    """The bytes of all tensors in a safetensors file, without its header."""
-    return max((end for _, end in _byte_ranges(path).values()), default=0)
+    """The bytes of the diffusion model in a safetensors file, alone there or in a checkpoint."""
+    return sum(end - start for start, end in _byte_ranges(path).values())
 
 
 def largest_block_bytes(path: Path) -> int:
-    """The bytes of the largest block in a diffusion model file; a block's tensors share `name.index.`."""
+    """The bytes of the largest block of the diffusion model in a file; a block's tensors share `name.index.`."""
     blocks: dict[tuple[str, ...], int] = {}
     for name, (start, end) in _byte_ranges(path).items():
         list_name, index, *_ = (*name.split("."), "", "")
@@ -160,7 +162,10 @@ def largest_block_bytes(path: Path) -> int:
 
 
 def _byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Where a file has the tensors of its diffusion model, by their names in that model."""
     with path.open("rb") as file:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(header_bytes))
-    return {name: tuple(entry["data_offsets"]) for name, entry in entries.items() if name != "__metadata__"}
+    ranges = {name: tuple(entry["data_offsets"]) for name, entry in entries.items() if name != "__metadata__"}
+    in_checkpoint = {name for name in ranges if name.startswith(CHECKPOINT_PREFIX)}
+    return {name.removeprefix(CHECKPOINT_PREFIX): ranges[name] for name in in_checkpoint or ranges}

@@ -60,7 +60,7 @@ def main() -> None:
     """Run the demo and exit with status 0 only if the images are equal and bytes were streamed."""
     options = _parse_options()
     # Ended from outside, the server must end too: an exception runs the clean-up, the signal's own action would not.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         host = find_host(options.host)
         ok = run_demo(host, size=options.size, serve=options.serve)

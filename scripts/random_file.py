@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -34,8 +34,12 @@ def write_random_file(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     device: str = "cpu",
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `tensors` with random values of `dtype` to `path`, replacing it, and return `path`.
+
+    `metadata` joins the header's own. Tensors that are zero throughout become holes of the file where the file system
+    has such.
 
     Raises:
         ValueError: `dtype` is none of bfloat16, float16, float32, or a name occurs twice.
@@ -44,7 +48,7 @@ def write_random_file(
         raise ValueError(f"cannot write {dtype}: choose one of {', '.join(map(str, TYPE_NAMES))}")
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise ValueError("two tensors of one file share a name")
-    header, offsets, total_bytes = _header(tensors, dtype)
+    header, offsets, total_bytes = _header(tensors, dtype, metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written under another name first: an interrupted run must not leave a file that looks complete.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -56,6 +60,7 @@ def write_random_file(
             jobs = [
                 pool.submit(_write_tensor, unfinished, offset, tensor, dtype, seed, torch.device(device))
                 for tensor, offset in zip(tensors, offsets, strict=True)
+                if tensor.center or tensor.spread
             ]
             for job in jobs:
                 job.result()
@@ -65,9 +70,11 @@ def write_random_file(
     return path
 
 
-def _header(tensors: Sequence[TensorLayout], dtype: torch.dtype) -> tuple[bytes, list[int], int]:
+def _header(
+    tensors: Sequence[TensorLayout], dtype: torch.dtype, metadata: Mapping[str, str]
+) -> tuple[bytes, list[int], int]:
     """The file's first bytes, where each tensor starts in the file, and the file's size."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     starts, position = [], 0
     for tensor in tensors:
         end = position + tensor.elements * dtype.itemsize

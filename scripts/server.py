@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +55,15 @@ def run_server(
     *,
     arguments: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
+    packs: Sequence[Path] = (),
     cache: Path = CACHE,
 ) -> Iterator[Server]:
     """Start `host`'s server, yield it when it accepts prompts, and stop it with everything it started.
 
     `models` maps places under the models folder (`vae/ae.safetensors`) to files. `arguments` follow the server's own
-    command line; `environment` adds variables. Without a GPU it runs with `--cpu`, and keeps weights in the file's
-    bfloat16 as a GPU would, where ComfyUI would otherwise double their size.
+    command line; `environment` adds variables; `packs` are further custom nodes, files or folders. Without a GPU it
+    runs with `--cpu`, and keeps weights in the file's bfloat16 as a GPU would, where ComfyUI would otherwise double
+    their size.
 
     Raises:
         ServerError: the server ended or did not answer in time; the message ends with its log's last lines.
@@ -71,14 +73,14 @@ def run_server(
     servers.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{host.name}-", dir=servers))
     try:
-        _fill_folder(folder, models)
+        _fill_folder(folder, models, packs)
         with _process(tree, folder, arguments, environment or {}) as server:
             yield server
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fill_folder(folder: Path, models: Mapping[str, Path]) -> None:
+def _fill_folder(folder: Path, models: Mapping[str, Path], packs: Sequence[Path]) -> None:
     for name in ("custom_nodes", "models", "input", "output", "user"):
         (folder / name).mkdir()
     for place, file in models.items():
@@ -86,6 +88,8 @@ def _fill_folder(folder: Path, models: Mapping[str, Path]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(file.resolve(), target)
     _link(ROOT, folder / "custom_nodes" / PACK_FOLDER)
+    for pack in packs:
+        _link(pack, folder / "custom_nodes" / pack.name)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -32,7 +32,7 @@ def is_in_host(name: str) -> bool:
     import comfy.supported_models
 
     model = MODELS[name]
-    return hasattr(comfy.supported_models, model.supported) and (model.since == OLDER or _is_newer_host())
+    return hasattr(comfy.supported_models, model.supported) and (model.since == OLDER or is_newer_host())
 
 
 def build_model(name: str, *, dtype: torch.dtype, device: str, narrow: bool) -> Any:
@@ -44,7 +44,7 @@ def build_model(name: str, *, dtype: torch.dtype, device: str, narrow: bool) -> 
 
     model = MODELS[name]
     model_config = getattr(comfy.supported_models, model.supported)(
-        model.settings(narrow=narrow, is_newer=_is_newer_host())
+        model.settings(narrow=narrow, is_newer=is_newer_host())
     )
     model_config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     return model_config.get_model({}, "", device=torch.device(device))
@@ -69,7 +69,7 @@ def build_tiny_model(name: str, *, dtype: torch.dtype = torch.bfloat16, seed: in
 def loads_from_file(name: str) -> bool:
     """Whether the open host finds the widths of a narrow model in its file; others it takes for known."""
     since = MODELS[name].loads_since
-    return since == OLDER or (since is not None and _is_newer_host())
+    return since == OLDER or (since is not None and is_newer_host())
 
 
 def load_tiny_model(name: str, folder: Path) -> Patcher:
@@ -153,7 +153,8 @@ def _empty_latent(model: Model, batch: int) -> torch.Tensor:
     return NestedTensor(latents)
 
 
-def _is_newer_host() -> bool:
+def is_newer_host() -> bool:
+    """Whether the open host knows what `Model.newer` sets."""
     import comfy.ldm.flux.model
 
     return "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__

@@ -13,7 +13,8 @@ Prompt = dict[str, dict[str, Any]]
 ObjectInfo = dict[str, dict[str, Any]]
 
 NOTE_TYPES = {"Note", "MarkdownNote"}
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+# The last is a choice that may bring inputs of its own; a workflow names the choice alone.
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 SEED_NAMES = {"seed", "noise_seed"}
 SEED_ACTIONS = {"fixed", "increment", "decrement", "randomize"}
 ACTIVE = 0
@@ -68,8 +69,11 @@ def _widget_values(node: dict[str, Any], description: dict[str, Any]) -> dict[st
     stored = list(node.get("widgets_values") or [])
     values: dict[str, Any] = {}
     position = 0
-    for name, options in _widgets(description):
+    for name, options, is_required in _widgets(description):
         if position >= len(stored):
+            # Written before a newer server got the input.
+            if not is_required:
+                break
             raise WorkflowError(f"{_label(node)} has {len(stored)} widget values, none left for `{name}`")
         values[name] = stored[position]
         position += 1
@@ -80,10 +84,10 @@ def _widget_values(node: dict[str, Any], description: dict[str, Any]) -> dict[st
     return values
 
 
-def _widgets(description: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _widgets(description: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
     for section in ("required", "optional"):
         for name, (kind, *rest) in description["input"].get(section, {}).items():
             options = rest[0] if rest else {}
             # A list in place of a type is a choice between its members.
             if (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput"):
-                yield name, options
+                yield name, options, section == "required"
