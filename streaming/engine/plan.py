@@ -127,23 +127,31 @@ def make_plan(
     if not stream_all and (budget_bytes is None or resident.device_bytes <= budget_bytes):
         return resident
     depths = (prefetch + 1,) if prefetch else RING_DEPTHS if rates else RING_DEPTHS[:1]
+    planner.scratch_places = SCRATCH_PLACES[-1]
     least = planner.stream_everything(depths[0])
     if budget_bytes is not None and least.device_bytes > budget_bytes:
         raise BudgetTooSmall(_too_small(planner, least, min(least.device_bytes, resident.device_bytes), budget_bytes))
+    planner.scratch_places = SCRATCH_PLACES[0]
     if budget_bytes is None or stream_all:
-        return least
-    paces = PACES if rates and packing is Packing.AUTO else PACES[:1]
-    best, best_depth, best_pace = least, 0, 0.0
+        wider = planner.stream_everything(depths[0])
+        return wider if budget_bytes is None or wider.device_bytes <= budget_bytes else least
+    return _best(planner, budget_bytes, depths, is_timed=rates is not None) or least
+
+
+def _best(planner: _Planner, budget_bytes: int, depths: Sequence[int], *, is_timed: bool) -> Plan | None:
+    """The best plan for the budget, trying sizes of ring and scratch; None when no residents fit beside them."""
+    paces = PACES if is_timed and planner.packing is Packing.AUTO else PACES[:1]
+    best, chosen = None, (depths[0], paces[0])
     for depth, pace in itertools.product(depths, paces):
         plan = planner.within(budget_bytes, depth, pace)
-        if plan is not None and (not best_depth or _rank(plan) < _rank(best)):
-            best, best_depth, best_pace = plan, depth, pace
-        if best_depth and best.expected and best.expected.step_ms <= NEAR_FLOOR * best.expected.floor_ms:
+        if plan is not None and (best is None or _rank(plan) < _rank(best)):
+            best, chosen = plan, (depth, pace)
+        if best is not None and best.expected and best.expected.step_ms <= NEAR_FLOOR * best.expected.floor_ms:
             break  # a larger ring holds no residents, so it has no lower floor
-    if rates is not None and best.is_packed and best_depth:
+    if best is None or (is_timed and best.is_packed):
         for planner.scratch_places in SCRATCH_PLACES[1:]:
-            plan = planner.within(budget_bytes, best_depth, best_pace)
-            if plan is not None and _rank(plan) < _rank(best):
+            plan = planner.within(budget_bytes, *chosen)
+            if plan is not None and (best is None or _rank(plan) < _rank(best)):
                 best = plan
     return best
 
@@ -176,6 +184,7 @@ class _Planner:
         self.spans = [block.span_ms if is_timed else float(block.moving_bytes) for block in blocks]
         self.compute_ms = sum(block.span_ms for block in blocks) + (rates.tail_ms if rates else 0.0)
         self.by_size = sorted(range(len(blocks)), key=lambda index: blocks[index].moving_bytes)
+        self.giants = _giants(blocks, self.by_size)
         packable = [block for block in blocks if block.packed_bytes is not None]
         raw_bytes = sum(block.moving_bytes for block in packable)
         self.packed_share = sum(block.packed_bytes or 0 for block in packable) / raw_bytes if raw_bytes else 1.0
@@ -217,7 +226,8 @@ class _Planner:
         """Bytes of the largest block on the link."""
         sizes = (
             block.packed_bytes if is_packed and block.packed_bytes is not None else block.moving_bytes
-            for block in self.blocks
+            for index, block in enumerate(self.blocks)
+            if index not in self.giants
         )
         return align(max(sizes, default=0))
 
@@ -296,7 +306,7 @@ class _Planner:
         What a block cannot give, because blocks are whole, its successors make up for, but no more of it than the
         ring can hold ahead: a link that had nothing to do cannot catch up later.
         """
-        stay = self._small_ones(SMALL_SHARE * (self.moving_bytes - streamed_bytes))
+        stay = self.giants | self._small_ones(SMALL_SHARE * (self.moving_bytes - streamed_bytes))
         per_span = streamed_bytes / (sum(self.spans) or 1.0)
         owed = packed_owed = kept_owed = 0.0
         forms = []
@@ -309,7 +319,7 @@ class _Planner:
                 is_streamed = owed >= (0.5 + inertia) * size
                 owed -= size * is_streamed
             is_packed = False
-            if block.packed_bytes is not None and size > 0:
+            if block.packed_bytes is not None and size > 0 and index not in self.giants:
                 if is_streamed:
                     packed_owed += pack * size
                     is_packed = packed_owed >= size / 2
@@ -349,8 +359,22 @@ class _Planner:
         return self.plan(forms, plan.ring_bytes)
 
 
+def _giants(blocks: Sequence[BlockCost], by_size: Sequence[int]) -> set[int]:
+    """The blocks so much larger than the others that keeping them takes less room than a ring that they fit."""
+    left_bytes = sum(align(block.moving_bytes) for block in blocks)
+    kept_bytes, best_bytes, count = 0, left_bytes + 1, 0
+    for number, index in enumerate(reversed(by_size)):
+        size = align(blocks[index].moving_bytes)
+        needed_bytes = kept_bytes + min(RING_DEPTHS[0] * size, left_bytes)
+        if needed_bytes < best_bytes:
+            best_bytes, count = needed_bytes, number
+        kept_bytes, left_bytes = kept_bytes + size, left_bytes - size
+    return set(by_size[len(by_size) - count :])
+
+
 def _too_small(planner: _Planner, least: Plan, enough_bytes: int, budget_bytes: int) -> str:
-    largest = max(planner.blocks, key=lambda block: block.moving_bytes)
+    streamed = [block for index, block in enumerate(planner.blocks) if index not in planner.giants]
+    largest = max(streamed, key=lambda block: block.moving_bytes)
     places = round(least.ring_bytes / max(1, align(largest.moving_bytes)), 1)
     remedy = f"raise the budget to {_gib(enough_bytes, up=True)}"
     if places > 2:

@@ -170,6 +170,15 @@ def test_a_forecast_with_one_place_takes_copies_and_compute_in_turn():
     assert found.step_ms == pytest.approx(10 * 1.0 + found.link_ms, rel=0.15)
 
 
+def test_a_block_far_larger_than_the_others_stays_where_a_ring_that_fits_it_would_take_more():
+    blocks = [*even_blocks(20, size=40 * MIB), BlockCost("embedder", 0, 600 * MIB, 400 * MIB, 0.1, 1.0)]
+    for stream_all in (False, True):
+        plan = make_plan(blocks, budget_bytes=760 * MIB, rates=RATES, stream_all=stream_all)
+        assert plan.forms[-1] is Form.RESIDENT and plan.streamed_bytes > 10 * 40 * MIB
+    with pytest.raises(BudgetTooSmall, match=r"block\.0.*40 MiB in flight"):
+        make_plan(blocks, budget_bytes=640 * MIB, rates=RATES)
+
+
 def test_a_forecast_counts_every_copy_unless_its_place_is_its_own():
     blocks = [BlockCost(f"block.{i}", 0, size * MIB, None, 0.0, 1.0) for i, size in enumerate((57, 57, 36, 9) * 6)]
     total_ms = sum(block.moving_bytes for block in blocks) / (SUSTAINED * RATES.link)
