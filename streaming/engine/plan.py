@@ -13,7 +13,7 @@ What streams is spread over the walk by compute time, so that the link is as bus
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -234,7 +234,8 @@ class _Planner:
     def stream_everything(self, depth: int) -> Plan:
         """The plan that takes least of the device."""
         pack, _ = self._shares(0.0, PACES[0])
-        forms = self._spread(float(self.moving_bytes), pack, 0.0, float("inf"))
+        streamed = {index for index, block in enumerate(self.blocks) if block.moving_bytes and index not in self.giants}
+        forms = self._packed(streamed, pack, 0.0)
         return self.with_forecast(self.plan(forms, depth * self.largest(is_packed=pack == 1.0)))
 
     # -- how much streams and how much is packed -----------------------------------------------------------------
@@ -308,26 +309,29 @@ class _Planner:
         """
         stay = self.giants | self._small_ones(SMALL_SHARE * (self.moving_bytes - streamed_bytes))
         per_span = streamed_bytes / (sum(self.spans) or 1.0)
-        owed = packed_owed = kept_owed = 0.0
-        forms = []
+        owed = 0.0
+        streamed = set()
         for index, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
             size, present = block.moving_bytes, self.present[index]
             owed = min(owed + per_span * span, ring_bytes + size)
-            is_streamed = False
             if size > 0 and index not in stay:
                 inertia = 0.0 if present is None else -INERTIA if present.is_streamed else INERTIA
-                is_streamed = owed >= (0.5 + inertia) * size
-                owed -= size * is_streamed
+                if owed >= (0.5 + inertia) * size:
+                    owed -= size
+                    streamed.add(index)
+        return self._packed(streamed, pack, pack_kept)
+
+    def _packed(self, streamed: Container[int], pack: float, pack_kept: float) -> list[Form]:
+        """Forms in which the shares `pack` of the streamed bytes and `pack_kept` of the others are packed."""
+        owed = {True: 0.0, False: 0.0}
+        forms = []
+        for index, block in enumerate(self.blocks):
+            is_streamed, size = index in streamed, block.moving_bytes
             is_packed = False
             if block.packed_bytes is not None and size > 0 and index not in self.giants:
-                if is_streamed:
-                    packed_owed += pack * size
-                    is_packed = packed_owed >= size / 2
-                    packed_owed -= size * is_packed
-                else:
-                    kept_owed += pack_kept * size
-                    is_packed = kept_owed >= size / 2
-                    kept_owed -= size * is_packed
+                owed[is_streamed] += (pack if is_streamed else pack_kept) * size
+                is_packed = owed[is_streamed] >= size / 2
+                owed[is_streamed] -= size * is_packed
             forms.append(FORMS[is_streamed, is_packed])
         return forms
 

@@ -170,6 +170,12 @@ def test_a_forecast_with_one_place_takes_copies_and_compute_in_turn():
     assert found.step_ms == pytest.approx(10 * 1.0 + found.link_ms, rel=0.15)
 
 
+def test_the_least_plan_streams_everything_whatever_blocks_take():
+    blocks = [BlockCost(f"block.{i}", 0, 40 * MIB, 28 * MIB, 0.0, 0.01 if i < 10 else 5.0) for i in range(20)]
+    plan = make_plan(blocks, budget_bytes=None, rates=RATES, stream_all=True)
+    assert all(form.is_streamed for form in plan.forms)
+
+
 def test_a_block_far_larger_than_the_others_stays_where_a_ring_that_fits_it_would_take_more():
     blocks = [*even_blocks(20, size=40 * MIB), BlockCost("embedder", 0, 600 * MIB, 400 * MIB, 0.1, 1.0)]
     for stream_all in (False, True):
