@@ -1,7 +1,7 @@
 """Runs every check and test of this repository and sums them up.
 
-The static checks and the tests of the engine and the benchmarks run once; the host tests run once for each ComfyUI, in
-a process of its own.
+The static checks and the tests of the engine, the formats and the benchmarks run once; the host tests run once for
+each ComfyUI, in a process of its own.
 ComfyUI 0.3.75 out of the wheel is always among them. Ends with the line `N passed, N failed` (and `, N skipped`).
 """
 
@@ -23,6 +23,7 @@ TYPE_CHECK = CACHE / "type-check"
 PACK_PACKAGES = ("streaming", "nodes")
 SCRIPT_PACKAGES = ("scripts", "bench")
 ENGINE_TESTS = "tests/engine"
+FORMATS_TESTS = "tests/formats"
 BENCH_TESTS = "tests/bench"
 HOST_TESTS = "tests/host"
 
@@ -51,6 +52,7 @@ def main() -> None:
         return
     outcomes = [check("ruff", ["ruff", "check", "."]), *check_types()]
     outcomes.append(run_tests("engine", ENGINE_TESTS, {}))
+    outcomes.append(run_tests("formats", FORMATS_TESTS, {}))
     # They look for hosts themselves and open each in a process of its own.
     outcomes.append(run_tests("bench", BENCH_TESTS, {COMFYUI_PATH: os.pathsep.join(str(host.path) for host in hosts)}))
     outcomes += [run_tests(host.name, HOST_TESTS, {COMFYUI_PATH: str(host.path)}) for host in hosts]

@@ -1,0 +1,103 @@
+"""How fast GGUF weights are dequantised on this machine's card, kind by kind.
+
+    python -m bench.gguf
+
+Prints the device and its memory bandwidth first, compares every kernel's values with the plain way's bit for bit, ends
+with one line of JSON. Without a card it times the plain way on little, so that the command itself can be tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from scripts.pack import load_pack
+
+load_pack()
+
+from layerstream.streaming.formats.dequantise import dequantise, dequantise_plainly  # noqa: E402
+from layerstream.streaming.formats.kinds import QUANTISED, Kind  # noqa: E402
+
+CARD_VALUES = 12288 * 3072 * 4  # four feed-forward matrices of FLUX: launching must not count
+CPU_VALUES = 1 << 18
+DTYPE = torch.bfloat16
+# Several inputs in turn, so that none of them stays in the cache.
+COPIES = 4
+
+
+def main() -> None:
+    is_card = torch.cuda.is_available()
+    device = torch.device("cuda" if is_card else "cpu")
+    values = CARD_VALUES if is_card else CPU_VALUES
+    name = torch.cuda.get_device_name() if is_card else "processor, plain way only"
+    memory_gb_s = measured_bandwidth(device, 1 << 29 if is_card else 1 << 24)
+    print(f"{name}: copies move {memory_gb_s:.0f} GB/s, reads and writes counted; into {DTYPE}")
+    rows = {}
+    for kind in QUANTISED.values():
+        rows[kind.name] = row = measure(kind, device, values)
+        row["share_of_memory_bandwidth"] = row["gb_s"] / memory_gb_s
+        print(f"{kind.name:7}", *(f"{key}={value:.3g}" for key, value in row.items()))
+    print(json.dumps({"device": name, "memory_gb_s": memory_gb_s, "values": values, "kinds": rows}))
+
+
+def measure(kind: Kind, device: torch.device, values: int) -> dict[str, float]:
+    """Median speed of one kind, bytes read and written; its values are compared with the plain way's."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (kind.stored_bytes(values),)
+    inputs = [
+        torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator) for _ in range(COPIES)
+    ]
+    for dtype in (DTYPE, torch.float16, torch.float32):
+        compare(dequantise(inputs[0], kind, dtype), dequantise_plainly(inputs[0], kind, dtype))
+    turns = itertools.cycle(inputs)
+    times = seconds(lambda: dequantise(next(turns), kind, DTYPE), device)
+    moved_bytes = inputs[0].nbytes + values * DTYPE.itemsize
+    return {"gb_s": moved_bytes / statistics.median(times) / 1e9, "gb_s_min": moved_bytes / max(times) / 1e9}
+
+
+def compare(found: torch.Tensor, expected: torch.Tensor) -> None:
+    bits = torch.int32 if expected.dtype == torch.float32 else torch.int16
+    differ = (found.view(bits) != expected.view(bits)) & ~(found.isnan() & expected.isnan())
+    if differ.any():
+        raise SystemExit(f"{int(differ.sum())} of {differ.numel()} values differ from the plain way's")
+
+
+def measured_bandwidth(device: torch.device, size_bytes: int) -> float:
+    memory = torch.empty(2 * size_bytes, dtype=torch.uint8, device=device)
+    times = seconds(lambda: memory[:size_bytes].copy_(memory[size_bytes:]), device)
+    return 2 * size_bytes / statistics.median(times) / 1e9
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> list[float]:
+    """Times of `work`, after three runs that are not counted."""
+    for _ in range(3):
+        work()
+    return list(_card_times(work, repeats) if device.type == "cuda" else _clock_times(work, repeats))
+
+
+def _card_times(work: Callable[[], object], repeats: int) -> Iterator[float]:
+    """Each run is queued behind another, so that the host's part of a call is not timed."""
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        work()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        yield begin.elapsed_time(end) / 1000
+
+
+def _clock_times(work: Callable[[], object], repeats: int) -> Iterator[float]:
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        yield time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Weights as files hold them. Pure torch; never imports comfy, nodes or the server."""
