@@ -71,13 +71,13 @@ def dequantise_plainly(stored: torch.Tensor, kind: Kind, dtype: torch.dtype) -> 
 def _through_package(stored: torch.Tensor, kind: Kind) -> torch.Tensor:
     import gguf
 
-    _warn_of_package(kind.name)
     try:
         values = gguf.quants.dequantize(stored.cpu().numpy(), gguf.GGMLQuantizationType[kind.name])
     except NotImplementedError as error:
         raise ValueError(
             f"nothing here reads {kind.name}: take a file of another quantisation, Q4_K or Q8_0 say"
         ) from error
+    _warn_of_package(kind.name)
     return torch.from_numpy(values).to(stored.device)
 
 
