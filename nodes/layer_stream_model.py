@@ -6,7 +6,8 @@ import logging
 
 from comfy_api.latest import io
 
-from ..streaming.host.patcher import NothingToStream, StreamingModelPatcher
+from ..streaming.host.gguf_patches import streaming_patcher_for
+from ..streaming.host.patcher import NothingToStream
 from ..streaming.host.settings import MOST_PREFETCH, Mode, StreamingSettings
 
 logger = logging.getLogger("layerstream")
@@ -75,7 +76,7 @@ class LayerStreamModel(io.ComfyNode):
         if settings.mode is Mode.OFF:
             return io.NodeOutput(model)
         try:
-            return io.NodeOutput(StreamingModelPatcher.from_patcher(model, settings))
+            return io.NodeOutput(streaming_patcher_for(model).from_patcher(model, settings))
         except NothingToStream as reason:
             logger.warning("LayerStream: the model passes through unchanged: %s", reason)
             return io.NodeOutput(model)

@@ -51,6 +51,10 @@ class GgufTensor(torch.Tensor):
         """Bytes as stored, which is what ComfyUI counts memory by."""
         return self.stored.nbytes
 
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes a number, which ComfyUI 0.3.75 counts memory by: an exact fraction, since blocks are powers of two."""
+        return self.kind.size_bytes / self.kind.elements
+
     def values(self, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[override]
         """The numbers, rounded once to `dtype`, on this device."""
         return dequantise(self.stored, self.kind, dtype).view(self.shape)

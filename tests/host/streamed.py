@@ -10,6 +10,7 @@ from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.host.devices import PACKED_VARIABLE, SEED_VARIABLE, SIMULATE_VARIABLE
 from layerstream.streaming.host.families import family_of
+from layerstream.streaming.host.gguf_patches import streaming_patcher_for
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import Mode, StreamingSettings
 
@@ -26,10 +27,10 @@ def on_simulated_card(monkeypatch, seed: int = 0, size_gib: float = CARD_GIB, is
 def stream(model, kept: float, prefetch: int = 1) -> StreamingModelPatcher:
     """A streaming patcher that may keep the share `kept` of what does not have to be on the card."""
     if kept == 0.0:
-        return StreamingModelPatcher.from_patcher(
+        return streaming_patcher_for(model).from_patcher(
             model, StreamingSettings(Mode.ALWAYS, prefetch_blocks=prefetch, min_free_mib=0)
         )
-    return StreamingModelPatcher.from_patcher(
+    return streaming_patcher_for(model).from_patcher(
         model,
         StreamingSettings(Mode.AUTO, prefetch, vram_gib=budget_gib(model, kept, prefetch), min_free_mib=0),
     )
