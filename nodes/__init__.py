@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .layer_stream_model import LayerStreamModel
+from .load_clip_gguf import LayerStreamGgufClipLoader
+from .load_diffusion_model_gguf import LayerStreamGgufModelLoader
 
 
 class LayerStreamExtension(ComfyExtension):
@@ -16,4 +18,4 @@ class LayerStreamExtension(ComfyExtension):
         from ..streaming.host.telemetry import register_routes
 
         register_routes(PromptServer.instance)
-        return [LayerStreamModel]
+        return [LayerStreamModel, LayerStreamGgufModelLoader, LayerStreamGgufClipLoader]
