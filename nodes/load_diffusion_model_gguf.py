@@ -17,7 +17,7 @@ class LayerStreamGgufModelLoader(io.ComfyNode):
             display_name="Load Diffusion Model (GGUF, streamed)",
             category="advanced/layerstream",
             description=(
-                "Loads a diffusion model from a GGUF file. Its weights rest and travel as small as they are in the file, "
+                "Loads a diffusion model from a GGUF file. Its weights rest and travel as small as in the file, "
                 "and become numbers on the card when their layer runs. Connect Layer-Stream Model to stream what does "
                 "not fit."
             ),
