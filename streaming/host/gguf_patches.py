@@ -63,6 +63,7 @@ class GgufModelPatcher(GgufPatches, ModelPatcher):
         """Make a patcher that was just made for GGUF weights one that knows how to patch them."""
         assert type(patcher) is ModelPatcher
         patcher.__class__ = cls
+        patcher.size = 0  # ComfyUI 0.3.75 counts a text encoder before its weights are loaded
         return patcher  # type: ignore[return-value]
 
 
