@@ -111,5 +111,4 @@ def narrow_weights(name: str) -> Weights:
 
 def load_resident(weights: Weights) -> Any:
     """ComfyUI's own model of these weights, all of them float32."""
-    options = {"dtype": torch.float32}
-    return comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options=options)
+    return comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": torch.float32})
