@@ -86,11 +86,46 @@ class WrapperCodec:
         return pieces
 
 
+@dataclass(frozen=True)
+class TaggedCodec:
+    """A tensor that says in attributes what its bytes stand for, as `GGMLTensor` of the ComfyUI-GGUF pack does.
+
+    A tensor that is given back holds no patches of that pack's own.
+    """
+
+    kind: type
+    raw: RawCodec
+    tensor_type: Any
+    tensor_shape: Any
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.raw.stored_bytes
+
+    def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
+        """Raises TypeError for a tensor of another kind, patched values say."""
+        if not isinstance(weight, self.kind):
+            raise TypeError(
+                f"patched values have no place in a {self.kind.__name__}: apply LoRAs to a model that this pack's own "
+                "GGUF loader has loaded"
+            )
+        self.raw.encode(weight.as_subclass(torch.Tensor), stored)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        raw = self.raw.decode(stored)
+        return self.kind(raw, tensor_type=self.tensor_type, tensor_shape=self.tensor_shape, patches=[])
+
+
 def codec_for(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Codec:
     """Choose how `weight` travels; `dtype` is the one it is converted to on its way into the slab, None for its own."""
     if is_traceable_wrapper_subclass(weight):
         names, context = weight.__tensor_flatten__()
         parts = tuple((name, codec_for(getattr(weight, name))) for name in names)
         return WrapperCodec(type(weight), parts, context, tuple(weight.shape), tuple(weight.stride()))
+    tensor_type, tensor_shape = (getattr(weight, tag, None) for tag in ("tensor_type", "tensor_shape"))
+    if tensor_type is not None and tensor_shape is not None:
+        raw = codec_for(weight.as_subclass(torch.Tensor))
+        assert isinstance(raw, RawCodec)
+        return TaggedCodec(type(weight), raw, tensor_type, tensor_shape)
     dense = torch.empty_like(weight, device="meta")  # preserves strides only where they are dense
     return RawCodec(tuple(weight.shape), tuple(dense.stride()), dtype or weight.dtype)

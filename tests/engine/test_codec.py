@@ -81,3 +81,39 @@ def test_a_wrapper_subclass_goes_by_its_own_protocol():
     back = stored(weight)
     assert isinstance(back, Scaled)
     assert torch.equal(back.data_, weight.data_) and torch.equal(back.scale, weight.scale)
+
+
+class Tagged(torch.Tensor):
+    """As the ComfyUI-GGUF pack has quantised tensors: bytes that say in attributes what they stand for."""
+
+    def __new__(cls, *arguments, tensor_type, tensor_shape, patches=(), **options):
+        return super().__new__(cls, *arguments, **options)
+
+    def __init__(self, *arguments, tensor_type, tensor_shape, patches=(), **options):
+        super().__init__()
+        self.tensor_type, self.tensor_shape, self.patches = tensor_type, tensor_shape, patches
+
+    def detach(self):
+        return self
+
+    @property
+    def shape(self):
+        return self.tensor_shape if hasattr(self, "tensor_shape") else self.size()
+
+
+def test_a_tensor_that_says_in_attributes_what_it_is_says_so_afterwards():
+    data = torch.randint(0, 256, (4, 34), dtype=torch.uint8)
+    weight = torch.nn.Parameter(
+        Tagged(data, tensor_type="Q8_0", tensor_shape=torch.Size((4, 32)), patches=["a LoRA"]), requires_grad=False
+    )
+    restored = stored(weight)
+    assert codec_for(weight).stored_bytes == data.nbytes
+    assert type(restored) is Tagged and restored.tensor_type == "Q8_0" and restored.shape == (4, 32)
+    assert restored.patches == [] and torch.equal(restored.as_subclass(torch.Tensor), data)
+
+
+def test_patched_values_for_such_a_tensor_are_refused_with_a_remedy():
+    data = torch.zeros(4, 34, dtype=torch.uint8)
+    codec = codec_for(Tagged(data, tensor_type="Q8_0", tensor_shape=torch.Size((4, 32))))
+    with pytest.raises(TypeError, match="patched values have no place in a Tagged: apply LoRAs"):
+        codec.encode(torch.zeros(4, 32), torch.zeros(256, dtype=torch.uint8))
