@@ -14,6 +14,7 @@ from comfy.model_patcher import LowVramPatch, ModelPatcher
 
 from ..formats.gguf_tensor import GgufTensor
 from .patcher import StreamingModelPatcher
+from .tagged_weights import TaggedStreamingModelPatcher, is_tagged
 
 
 class RunTimePatch(LowVramPatch):
@@ -73,4 +74,7 @@ class GgufStreamingModelPatcher(GgufPatches, StreamingModelPatcher):
 
 def streaming_patcher_for(model: ModelPatcher) -> type[StreamingModelPatcher]:
     """The class that streams `model`."""
-    return GgufStreamingModelPatcher if isinstance(model, GgufPatches) else StreamingModelPatcher
+    if isinstance(model, GgufPatches):
+        return GgufStreamingModelPatcher
+    has_tagged = any(is_tagged(weight) for weight in model.model.parameters())
+    return TaggedStreamingModelPatcher if has_tagged else StreamingModelPatcher
