@@ -30,10 +30,18 @@ class _AsStored:
                 setattr(self, name, _parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        own = _own(self)
         # Moving a model that was just built moves nothing that is on no device yet.
-        if any(parameter.is_meta for parameter in _own(self).values()):
+        if any(parameter.is_meta for parameter in own.values()):
             return self
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        # torch would swap what two tensors hold, which it cannot do while anything refers to one weakly.
+        stored = {name: parameter for name, parameter in own.items() if isinstance(parameter, GgufTensor)}
+        for name in stored:
+            setattr(self, name, None)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, parameter in stored.items():
+            setattr(self, name, _parameter(fn(parameter)))
+        return self
 
     def _load_from_state_dict(
         self,
@@ -71,6 +79,16 @@ class _AsStored:
             for function in self.bias_function:  # type: ignore[attr-defined]
                 bias = function(bias)
         return weight, bias
+
+
+def stop_casting(model: torch.nn.Module) -> None:
+    """Have layers that hold their weights in the model's dtype use them as they are, where the model computes in it.
+
+    ComfyUI would give such a model layers that do not cast: casting takes longer on the host than a norm on the card.
+    """
+    for module in model.modules():
+        if hasattr(module, "comfy_cast_weights") and not isinstance(module, _AsStored):
+            module.comfy_cast_weights = False  # type: ignore[assignment]
 
 
 def _own(layer: Any) -> dict[str, torch.nn.Parameter]:

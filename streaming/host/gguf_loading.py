@@ -18,7 +18,7 @@ import folder_paths
 
 from ..formats.gguf_file import GgufError, GgufFile
 from ..formats.gguf_text import Weights, text_encoder_weights, vision_file_for
-from .gguf_layers import GgufOperations
+from .gguf_layers import GgufOperations, stop_casting
 from .gguf_patches import GgufModelPatcher
 
 logger = logging.getLogger("layerstream")
@@ -52,6 +52,8 @@ def load_diffusion_model(path: Path | str, **options: Any) -> GgufModelPatcher:
             f"{file.path.name} ({architecture or 'unnamed'}) holds no diffusion model that this ComfyUI knows: "
             "update ComfyUI, or take a file with the original names of weights"
         )
+    if model.model.manual_cast_dtype is None:
+        stop_casting(model.model.diffusion_model)
     return GgufModelPatcher.adopt(model)
 
 

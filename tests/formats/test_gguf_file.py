@@ -9,6 +9,7 @@ import tracemalloc
 
 import gguf
 import numpy
+import psutil
 import pytest
 import torch
 from layerstream.streaming.formats.gguf_file import GgufError, GgufFile
@@ -122,6 +123,25 @@ def test_a_tokenizer_of_a_quarter_million_tokens_opens_at_once(tmp_path):
     assert time.process_time() - begin < 3
     assert file.values("tokenizer.ggml.tokens", str) == tokens
     assert file.values("tokenizer.ggml.scores", float)[-1] == 262_143.0
+
+
+def test_a_file_larger_than_ram_opens_and_gives_what_is_asked_for(tmp_path):
+    """Its pages are the system's: they come when they are read and go when RAM is short."""
+    memory_bytes = psutil.virtual_memory().total
+    rows = 2 * memory_bytes // (4096 // 32 * 34)
+    name = b"double_blocks.0.img_attn.qkv.weight"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", len(name)) + name
+    header += struct.pack("<IQQIQ", 2, 4096, rows, 8, 0)
+    path = tmp_path / "large.gguf"
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 64 + rows * 4352)  # sparse: it takes no space on disk
+    before = psutil.Process().memory_info().rss
+    weight = GgufFile(path).tensor(name.decode())
+    assert weight.nbytes > memory_bytes and weight.shape == (rows, 4096)
+    last = torch.tensor([0, rows // 2, rows - 1])
+    assert torch.equal(weight.rows(last, torch.float32), torch.zeros(3, 4096))
+    assert psutil.Process().memory_info().rss - before < 64 * 1024**2
 
 
 # -- files that are wrong ----------------------------------------------------------------------------------------------

@@ -60,3 +60,14 @@ def test_a_model_samples_to_the_references_bits(name, monkeypatch, tmp_path, for
             report = streamed.streaming_report()
             assert report["streamed_bytes_per_step"] > 0 and report["broken_passes"] == 0
         assert torch.equal(sample_tiny(model, name), expected)
+
+
+def test_only_layers_that_hold_blocks_cast_where_the_model_computes_in_its_dtype(monkeypatch, tmp_path):
+    detect_narrow(monkeypatch, "flux")
+    path = tmp_path / "flux.gguf"
+    write_gguf(path, narrow_weights("flux"), "flux")
+    for dtype, casts in ((torch.float32, False), (torch.bfloat16, True)):  # a processor computes in float32
+        model = load_diffusion_model(path, dtype=dtype).model.diffusion_model
+        assert model.img_in.comfy_cast_weights and model.single_blocks[0].linear1.comfy_cast_weights
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+        assert norms and all(norm.comfy_cast_weights == casts for norm in norms)

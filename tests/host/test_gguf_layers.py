@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import comfy.ops
 import pytest
 import torch
@@ -78,3 +80,15 @@ def test_weights_of_other_layers_are_dequantised_when_they_load():
     weight = random_weight((256,))
     layer.load_state_dict({"weight": weight, "bias": torch.zeros(256)})
     assert type(layer.weight) is torch.nn.Parameter and torch.equal(layer.weight.data, weight.values(torch.float32))
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_moving_a_layer_moves_the_bytes_and_bringing_it_back_costs_nothing(is_inference):
+    with torch.inference_mode(is_inference):
+        layer = GgufOperations.Linear(256, 8)
+        layer.load_state_dict({"weight": random_weight((8, 256)), "bias": torch.randn(8)})
+        place, reference = layer.weight.stored.data_ptr(), weakref.ref(layer.weight)
+        layer.to("meta")
+        assert isinstance(layer.weight, GgufTensor) and layer.weight.stored.is_meta and layer.bias.is_meta
+    assert reference() is not layer.weight
+    assert layer.weight.to("cpu").stored.data_ptr() == place
