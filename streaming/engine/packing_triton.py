@@ -10,6 +10,8 @@ is 0 for bf16, which has no instruction for them then, and 3 for fp16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -177,6 +179,12 @@ def decode_kernel(
 class TritonPacker:
     """The packer of CUDA devices."""
 
+    def __init__(self) -> None:
+        # At each launch Triton works out anew which variant of a kernel its arguments need, for 0.1 ms of the host's
+        # time in the midst of a model; so variants are kept here, and launched themselves.
+        self._variants: dict[tuple[object, ...], Any] = {}
+        self._can_launch_variants = True
+
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Pack `raw` (uint8 over patterns of `dtype`, whole quads) into `room`; waits for the device once.
 
@@ -196,16 +204,23 @@ class TritonPacker:
             raise ValueError(f"memory at {packed.data_ptr():#x} and {out.data_ptr():#x}: both must begin at 16 bytes")
         if layout.chunks == 0:
             return
-        decode_kernel[(layout.chunks,)](
-            packed,
-            layout.fractions,
-            layout.planes,
-            layout.runs,
-            out,
-            quads,
-            layout.words,
-            TABLE_START=HEADER_BYTES,
-            COLUMNS=COLUMNS,
-            LOW_BITS=layout.format.low_bits,
-            num_warps=DECODE_WARPS,
-        )
+        numbers = layout.fractions, layout.planes, layout.runs
+        arguments = (packed, *numbers, out, quads, layout.words, HEADER_BYTES, COLUMNS, layout.format.low_bits)
+        key = (packed.device, layout.format.low_bits, *map(_variant, numbers), _variant(quads), layout.words >> 31)
+        variant = self._variants.get(key)
+        if variant is None or not self._launch(variant, layout.chunks, arguments):
+            self._variants[key] = decode_kernel[(layout.chunks,)](*arguments, num_warps=DECODE_WARPS)
+
+    def _launch(self, variant: Any, chunks: int, arguments: tuple[object, ...]) -> bool:
+        """Launch a compiled variant; False where this version of Triton wants other arguments."""
+        if self._can_launch_variants:
+            try:
+                variant[(chunks, 1, 1)](*arguments)
+            except TypeError:
+                self._can_launch_variants = False
+        return self._can_launch_variants
+
+
+def _variant(number: int) -> tuple[bool, bool, bool]:
+    """What of a number Triton compiles into a kernel."""
+    return number == 1, number % 16 == 0, number >> 31 > 0
