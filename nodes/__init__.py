@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .layer_stream_model import LayerStreamModel
 from .load_clip_gguf import LayerStreamGgufClipLoader
 from .load_diffusion_model_gguf import LayerStreamGgufModelLoader
+from .offload_policy import OffloadPolicy
 
 
 class LayerStreamExtension(ComfyExtension):
@@ -18,4 +19,9 @@ class LayerStreamExtension(ComfyExtension):
         from ..streaming.host.telemetry import register_routes
 
         register_routes(PromptServer.instance)
-        return [LayerStreamModel, LayerStreamGgufModelLoader, LayerStreamGgufClipLoader]
+        return [
+            LayerStreamModel,
+            OffloadPolicy,
+            LayerStreamGgufModelLoader,
+            LayerStreamGgufClipLoader,
+        ]

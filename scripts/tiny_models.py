@@ -56,7 +56,7 @@ def build_tiny_model(name: str, *, dtype: torch.dtype = torch.bfloat16, seed: in
     import comfy.model_patcher
 
     model = build_model(name, dtype=dtype, device="cpu", narrow=True)
-    _fill(model.diffusion_model, seed)
+    fill(model.diffusion_model, seed)
     # Newer versions choose between patcher classes at start and name the choice; older ones have only one.
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return patcher_class(
@@ -160,7 +160,7 @@ def is_newer_host() -> bool:
     return "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__
 
 
-def _fill(module: torch.nn.Module, seed: int) -> None:
+def fill(module: torch.nn.Module, seed: int) -> None:
     """Give every weight random values that keep activations of order one; none is constant."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

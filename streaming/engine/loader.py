@@ -25,6 +25,9 @@ Changed = Callable[[Weight], torch.Tensor | None]
 # A packed block larger than this share of its raw bytes is left as it is: restoring it would cost more than it saves.
 WORTH_PACKING = 0.93
 
+# Index of what lies outside the blocks, among the slabs.
+OUTSIDE = -1
+
 # Where a host tensor carries the packed bytes that stand for its block on the device.
 KEPT = "_layerstream_kept"
 
@@ -67,6 +70,8 @@ class BlockLoader:
 
     def __init__(self, device: Device, keep_home: Callable[[torch.Tensor], bool]) -> None:
         self.store = HostStore(device)
+        self.is_shelving = False
+        """Whether what stays on the device keeps a page-locked copy on the host, to leave and return at link speed."""
         self.packed_bytes: dict[int, int] = {}
         """What blocks packed to, by index; as many bytes as they have where packing them does not pay."""
         self._device = device
@@ -123,11 +128,17 @@ class BlockLoader:
             self._keep(index, block, cut, mark, changed)
             return None
         slab = self._raw_slab(index, block, cut, mark, changed)
-        for weight, tensor in block.views(slab.stored, cut, len(block.weights), slab.base):
-            if mark is None and not weight.dtype_changes and not self._keep_home(weight.home):
-                weight.home = tensor
+        for weight, tensor in self._adopt(slab, block, cut, mark):
             weight.put(tensor)
         return MovingBlock(block, cut, slab.size_bytes, slab.stored, None)
+
+    def _adopt(self, slab: Slab, block: Block, cut: int, mark: Hashable) -> list[tuple[Weight, torch.Tensor]]:
+        """Make a slab the home of the weights that it holds unchanged; give all of its weights."""
+        views = block.views(slab.stored, cut, len(block.weights), slab.base)
+        for weight, tensor in views:
+            if mark is None and not weight.dtype_changes and not self._keep_home(weight.home):
+                weight.home = tensor
+        return views
 
     def _raw_slab(self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed) -> Slab:
         """The slab of a block with every weight from `cut` on in it."""
@@ -155,7 +166,8 @@ class BlockLoader:
 
         Only the module holds them, so that whoever puts other tensors in their place frees the memory.
         """
-        slab = self._valid_slab(index, mark)
+        is_shelved = self.is_shelving and cut < len(block.weights)
+        slab = self._raw_slab(index, block, cut, mark, changed) if is_shelved else self._valid_slab(index, mark)
         base = block.offset_of(cut)
         memory = self._device.allocate(block.weight_bytes() - base)
         if slab is not None:
@@ -164,7 +176,17 @@ class BlockLoader:
             if slab is None:
                 store_weight(weight, changed(weight), memory[weight.offset - base :])
             weight.put(tensor)
-        self.store.drop(index)
+        if is_shelved and slab is not None:
+            self._adopt(slab, block, cut, mark)
+        else:
+            self.store.drop(index)
+
+    def keep_outside(self, block: Block, mark: Hashable, changed: Changed) -> None:
+        """Put what lies outside the blocks on the device for good."""
+        if self.is_shelving:
+            self._keep(OUTSIDE, block, 0, mark, changed)
+        else:
+            self.keep_first(block, len(block.weights), changed)
 
     def keep_first(self, block: Block, cut: int, changed: Changed) -> None:
         """Put the first `cut` weights of `block` on the device for good."""

@@ -378,6 +378,11 @@ def _giants(blocks: Sequence[BlockCost], by_size: Sequence[int]) -> set[int]:
 
 def _too_small(planner: _Planner, least: Plan, enough_bytes: int, budget_bytes: int) -> str:
     streamed = [block for index, block in enumerate(planner.blocks) if index not in planner.giants]
+    if not streamed:
+        return (
+            f"the budget of {_gib(budget_bytes)} is too small for {_mib(enough_bytes)} of weights that cannot stream: "
+            f"raise the budget to {_gib(enough_bytes, up=True)}"
+        )
     largest = max(streamed, key=lambda block: block.moving_bytes)
     places = round(least.ring_bytes / max(1, align(largest.moving_bytes)), 1)
     remedy = f"raise the budget to {_gib(enough_bytes, up=True)}"

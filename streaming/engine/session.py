@@ -175,6 +175,10 @@ class Session:
 
     # -- loading -------------------------------------------------------------------------------------------------
 
+    def shelve(self) -> None:
+        """From the next load on, keep page-locked copies of residents too, so that they come back at link speed."""
+        self._loader.is_shelving = True
+
     def load(
         self,
         plan: Plan,
@@ -214,7 +218,7 @@ class Session:
             if stale:
                 self.device.trim()
             if is_outside_stale:
-                self._loader.keep_first(self.parts.outside, len(self.parts.outside.weights), changed)
+                self._loader.keep_outside(self.parts.outside, marks.outside, changed)
             self._load_blocks(plan, stale, marks, changed, progress)
         except BaseException:
             self.unload()

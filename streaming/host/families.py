@@ -128,6 +128,15 @@ def discover(model: torch.nn.Module, limits: UnitLimits) -> list[Unit]:
     return without_overlap(unit for name, part in parts for unit in divide_to_leaves(name, part, rules_for(limits)))
 
 
+def text_family(model: torch.nn.Module) -> Family:
+    """Find the units of a text encoder: what `discover` finds, tables of vectors left out.
+
+    Of a table a pass reads a few rows, and streaming it would take a ring of its size.
+    """
+    units = [unit for unit in discover(model, LIMITS) if not isinstance(unit[1], torch.nn.Embedding)]
+    return Family(type(model).__name__, units, is_listed=False)
+
+
 def is_called(module: torch.nn.Module) -> bool:
     """Whether the module's forward runs where its weights are used, in the families listed here and by default."""
     return is_whole(module) or (has_forward(module) and not _is_any_of(module, NEVER_CALLED))

@@ -38,8 +38,13 @@ def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     stream = getattr(guider.model_patcher, "stream", None)
     if stream is not None:
-        stream.is_guided = not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+        stream.is_guided = is_guided(guider)
     return executor(*args, **kwargs)
+
+
+def is_guided(guider: Any) -> bool:
+    """Whether a run needs conditional and unconditional passes."""
+    return not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
 
 
 def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:

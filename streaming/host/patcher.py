@@ -16,6 +16,9 @@ from __future__ import annotations
 import collections
 import logging
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -30,10 +33,11 @@ from ..engine.plan import BudgetTooSmall, Packing, Plan
 from ..engine.session import Marks
 from .casting import FLAG
 from .devices import device_for, why_not
+from .families import Family
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .planning import choose_plan, least_left
 from .settings import GIB, StreamingSettings
-from .streams import ROOT, ModelStream, stream_for
+from .streams import ModelStream, stream_for
 from .telemetry import report
 
 logger = logging.getLogger("layerstream")
@@ -58,9 +62,12 @@ class StreamingModelPatcher(ModelPatcher):
     source: ModelPatcher
 
     @classmethod
-    def from_patcher(cls, source: ModelPatcher, settings: StreamingSettings) -> StreamingModelPatcher:
+    def from_patcher(
+        cls, source: ModelPatcher, settings: StreamingSettings, family: Family | None = None
+    ) -> StreamingModelPatcher:
         """Give a streaming patcher of the model of `source`, which keeps working beside it.
 
+        `family` says what the units are where that shall not be looked up.
         Raises NothingToStream when there is no device to stream to or no block to stream.
         """
         if isinstance(source, StreamingModelPatcher):
@@ -69,7 +76,7 @@ class StreamingModelPatcher(ModelPatcher):
             device = device_for(source.load_device)
             if device is None:
                 raise NothingToStream(why_not(source.load_device))
-            stream = stream_for(source, device)
+            stream = stream_for(source, device, family)
             if stream is None:
                 raise NothingToStream(f"no list of blocks was found in {type(source.model).__name__}")
             patcher = cls(source.model, source.load_device, source.offload_device, source.model_size())
@@ -187,12 +194,15 @@ class StreamingModelPatcher(ModelPatcher):
         session = self.stream.session
         progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
         marks = self._marks()
-        session.load(plan, marks=marks, changed=self._changed_weight, progress=progress, afresh=afresh)
-        if session.device_bytes > plan.device_bytes + SMALL_EXCESS_BYTES:
+        load = partial(session.load, marks=marks, changed=self._changed_weight, progress=progress, afresh=afresh)
+        with self.stream.moving():
+            load(plan)
+            if session.device_bytes <= plan.device_bytes + SMALL_EXCESS_BYTES:
+                return
             better = session.propose(
                 plan.device_bytes, packing=self._packing(), unpacked=_patched(marks), stream_all=not plan.resident_bytes
             )
-            session.load(better, marks=marks, changed=self._changed_weight, progress=progress, afresh=afresh)
+            load(better)
 
     def _choose(self, allowed_bytes: float) -> Plan:
         held_bytes = self.loaded_size() if self.stream.is_in_place else 0
@@ -215,7 +225,7 @@ class StreamingModelPatcher(ModelPatcher):
         """Blocks with patches are out of date whenever the patches change."""
 
         def mark(weights: tuple[Weight, ...]) -> uuid.UUID | None:
-            is_patched = any(_key(name) in self.patches for weight in weights for name in weight.keys)
+            is_patched = any(self.stream.key(name) in self.patches for weight in weights for name in weight.keys)
             return self.patches_uuid if is_patched else None
 
         parts = self.stream.session.parts
@@ -223,7 +233,7 @@ class StreamingModelPatcher(ModelPatcher):
 
     def _changed_weight(self, weight: Weight) -> torch.Tensor | None:
         """The weight with its patches, computed by ComfyUI on the card as for a full load; None if it has none."""
-        key = next((_key(name) for name in weight.keys if _key(name) in self.patches), None)
+        key = next((self.stream.key(name) for name in weight.keys if self.stream.key(name) in self.patches), None)
         if key is None:
             return None
         weight.put(weight.home)
@@ -232,11 +242,14 @@ class StreamingModelPatcher(ModelPatcher):
 
     def _load_rest(self, device_to: torch.device | None) -> None:
         """Move what is not part of the diffusion model (sampling tables and the like), patched, as ComfyUI does."""
+        root = self.stream.root
+        if not root:
+            return
         for key in self.patches:
-            if not key.startswith(f"{ROOT}."):
+            if not key.startswith(f"{root}."):
                 self.patch_weight_to_device(key, device_to=device_to)
         for name, child in self.model.named_children():
-            if name != ROOT:
+            if name != root:
                 child.to(device_to)
 
     def _write_ledger(self) -> None:
@@ -246,7 +259,7 @@ class StreamingModelPatcher(ModelPatcher):
             for weight in block.weights:
                 if not weight.sites[0].is_buffer:
                     for name in weight.keys:
-                        self.backup[_key(name)] = Backup(weight.home, False)
+                        self.backup[self.stream.key(name)] = Backup(weight.home, False)
         for name, module in model.named_modules():
             if not hasattr(module, FLAG):
                 continue
@@ -282,7 +295,8 @@ class StreamingModelPatcher(ModelPatcher):
         if session.is_in_run:
             self._shrink(memory_to_free)
         else:
-            session.evict(int(memory_to_free))
+            with self.stream.moving():
+                session.evict(int(memory_to_free))
         self.model.model_loaded_weight_memory = session.resident_bytes
         freed = before - self.loaded_size()
         logger.info("LayerStream: gave back %.2f GiB, %.2f GiB stay", freed / GIB, self.loaded_size() / GIB)
@@ -306,7 +320,8 @@ class StreamingModelPatcher(ModelPatcher):
             return
         if unpatch_weights and self.stream.is_in_place:
             self.unpatch_hooks()
-            self.stream.session.unload()
+            with self.stream.moving():
+                self.stream.session.unload()
             self.stream.load_id = None
         super().unpatch_model(device_to, unpatch_weights)
 
@@ -315,6 +330,19 @@ class StreamingModelPatcher(ModelPatcher):
         super().cleanup()
         if self.stream.is_open and not self._is_running:
             self.stream.session.end_run()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """The scope of one pass of a model that has no wrapper points of ComfyUI's; the ring goes at its end."""
+        session = self.stream.session
+        if not session.is_running and self.stream.measure():
+            self.replan()
+        try:
+            with session.one_pass():
+                yield
+        finally:
+            if not session.is_running:
+                session.end_run()
 
     @property
     def _is_running(self) -> bool:
@@ -373,11 +401,6 @@ def _carry_over(source: ModelPatcher, patcher: StreamingModelPatcher) -> None:
     # The clone is finished with; emptied, its end cannot touch what it shared.
     clone.callbacks, clone.injections, clone.pinned = {}, {}, set()
     clone.model_options = {"transformer_options": {}}
-
-
-def _key(name: str) -> str:
-    """A weight's name in the model's state dict, from its name in the diffusion model."""
-    return f"{ROOT}.{name}"
 
 
 def _patched(marks: Marks) -> set[int]:

@@ -6,9 +6,11 @@ that its weights are in host memory once.
 
 from __future__ import annotations
 
+import time
 import uuid
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from ..engine.plan import Packing
 from ..engine.session import Session
 from .casting import CastSwitch
 from .families import Family, family_of
+from .moves import Moves
 from .settings import StreamingSettings
 
 ROOT = "diffusion_model"
@@ -56,6 +59,11 @@ class ModelStream:
     model: torch.nn.Module
     device: Device
     family: Family
+    root: str = ROOT
+    """The module of the model that holds its units; "" for a text encoder or an autoencoder, which is all units."""
+    is_shelved: bool = False
+    """Whether what is on the card keeps a page-locked copy on the host."""
+    moves: Moves = field(default_factory=Moves)
     load_id: uuid.UUID | None = None
     is_guided: bool = False
     ways: tuple[Way, ...] = (Way(),)
@@ -95,6 +103,30 @@ class ModelStream:
         """True where runs of this kind were seen to fit in one batch, and ComfyUI asks us before it splits one."""
         is_asked = hasattr(ModelPatcher, "get_free_memory")
         return is_asked and self.fitting_bytes is not None and self.batch >= self.whole_batch
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the card that weights take now, the ring not counted."""
+        return self.session.resident_bytes if self.is_in_place else 0
+
+    def key(self, name: str) -> str:
+        """A weight's name in the model's state dict, from its name in the root."""
+        return f"{self.root}.{name}" if self.root else name
+
+    def shelve(self) -> None:
+        """Keep page-locked copies of what is on the card, from the next load on."""
+        self.is_shelved = True
+        if self._session is not None:
+            self._session.shelve()
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Count and time what comes to the card or leaves it meanwhile; nobody else may hold the model's weights."""
+        before, begun = self.session.resident_bytes, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.moves.note(self.session.resident_bytes - before, time.perf_counter() - begun)
 
     def begin_run(self, shape: Hashable) -> None:
         """Take note that a run of `shape` comes; what was measured for another one does not hold for it."""
@@ -145,11 +177,13 @@ class ModelStream:
         """
         if self._session is None:
             parts = take_apart(
-                self.model.get_submodule(ROOT),
+                self.model.get_submodule(self.root),
                 self.family.units,
                 lambda module, name: getattr(module, f"{name}_comfy_model_dtype", None) if is_dynamic else None,
             )
             self._session = Session(parts, self.device, _is_mapped, self.casting.note_bound)
+        if self.is_shelved:
+            self._session.shelve()
 
 
 # Patchers hold the streams and a stream holds its model, so neither is kept alive from here.
@@ -161,19 +195,21 @@ def live_streams() -> list[ModelStream]:
     return [stream for stream in _streams.values() if stream.is_open]
 
 
-def stream_for(patcher: ModelPatcher, device: Device) -> ModelStream | None:
-    """Find or make the stream of `patcher`'s model; None when the model has no blocks."""
+def stream_for(patcher: ModelPatcher, device: Device, family: Family | None = None) -> ModelStream | None:
+    """Find or make the stream of `patcher`'s model; None when the model has no blocks.
+
+    `family` says what the units are, which may be none: such a model is on the card whole or not at all.
+    """
     model = patcher.model
     stream = _streams.get(id(model))
     if stream is not None and stream.model is model:
         return stream
-    diffusion_model = getattr(model, ROOT, None)
-    if not isinstance(diffusion_model, torch.nn.Module):
-        return None
-    family = family_of(diffusion_model)
-    if not family.units:
-        return None
-    stream = ModelStream(model, device, family)
+    root = ROOT if isinstance(getattr(model, ROOT, None), torch.nn.Module) else ""
+    if family is None:
+        family = family_of(model.get_submodule(root))
+        if not family.units:
+            return None
+    stream = ModelStream(model, device, family, root)
     _streams[id(model)] = stream
     return stream
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from ..engine.meter import PassTimes
@@ -47,6 +48,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "restore_ms": times.total_ms("restore_ms"),
         "compute_ms": times.total_ms("compute_ms") + times.total_ms("lead_ms") + times.tail_ms,
         "link_bytes_per_s": meter.rates.link * 1000 if meter.rates else None,
+        "moves": asdict(stream.moves),
         "times_ms": [
             {
                 "block": session.parts.blocks[index].name,

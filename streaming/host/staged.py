@@ -1,0 +1,138 @@
+"""CLIP, VAE and MODEL objects that tell when their stages begin and end.
+
+In: the objects that ComfyUI's loaders made. Out: copies of them that share model and tokenizer; what was given stays as
+it is. A copy's class is the original's with the stages mixed in, so everything else about it is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+
+from . import estimate
+from .passes import is_guided
+from .patcher import StreamingModelPatcher
+from .policy import Stage
+from .stages import Component, stage
+
+WRAPPER_KEY = "layerstream.stages"
+
+# Where a MODEL carries the component that it is, None where its weights are ComfyUI's to move.
+ATTACHMENT = "layerstream.component"
+
+
+class StagedText:
+    """Mixed into a CLIP's class: encoding is a stage, and within it the model may stream."""
+
+    patcher: Any
+    component: Component | None = None
+    _scope: ExitStack | None = None
+
+    def encode_from_tokens(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._stage(tokens):
+            return super().encode_from_tokens(tokens, *args, **kwargs)  # type: ignore[misc]
+
+    def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._stage(tokens):
+            return super().encode_from_tokens_scheduled(tokens, *args, **kwargs)  # type: ignore[misc]
+
+    def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._stage(tokens):
+            return super().generate(tokens, *args, **kwargs)  # type: ignore[misc]
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        if self._scope is not None:
+            self._scope.close()  # nothing can be loaded inside a pass
+        patcher = super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if self._scope is not None and isinstance(patcher, StreamingModelPatcher):
+            self._scope.enter_context(patcher.passing())
+        return patcher
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        clone = super().clone(*args, **kwargs)  # type: ignore[misc]
+        return staged_text(clone, clone.patcher, self.component)
+
+    @contextmanager
+    def _stage(self, tokens: Any) -> Iterator[None]:
+        if self._scope is not None:
+            yield
+            return
+        with stage(Stage.TEXT_ENCODE, self.component, self.patcher, lambda: estimate.text_bytes(self, tokens)):
+            try:
+                with ExitStack() as self._scope:
+                    yield
+            finally:
+                self._scope = None
+
+
+class StagedVae:
+    """Mixed into a VAE's class: encoding and decoding are stages."""
+
+    patcher: Any
+    component: Component | None = None
+
+    def decode(self, samples_in: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._stage(Stage.DECODE, lambda: estimate.decode_bytes(self, samples_in)):
+            return super().decode(samples_in, *args, **kwargs)  # type: ignore[misc]
+
+    def decode_tiled(self, samples: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._stage(Stage.DECODE, lambda: estimate.decode_bytes(self, samples)):
+            return super().decode_tiled(samples, *args, **kwargs)  # type: ignore[misc]
+
+    def encode(self, pixel_samples: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._stage(Stage.IMAGE_ENCODE, lambda: estimate.encode_bytes(self, pixel_samples)):
+            return super().encode(pixel_samples, *args, **kwargs)  # type: ignore[misc]
+
+    def encode_tiled(self, pixel_samples: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._stage(Stage.IMAGE_ENCODE, lambda: estimate.encode_bytes(self, pixel_samples)):
+            return super().encode_tiled(pixel_samples, *args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _stage(self, kind: Stage, work_bytes: Callable[[], int]) -> Iterator[None]:
+        with stage(kind, self.component, self.patcher, work_bytes):
+            yield
+
+
+def staged_text(clip: Any, patcher: Any, component: Component | None) -> Any:
+    return _copy_as(StagedText, clip, patcher, component)
+
+
+def staged_vae(vae: Any, patcher: Any, component: Component | None) -> Any:
+    return _copy_as(StagedVae, vae, patcher, component)
+
+
+def staged_model(patcher: comfy.model_patcher.ModelPatcher, component: Component | None) -> Any:
+    """A clone of `patcher` whose sampling is a stage; its clones are the same component."""
+    clone = patcher.clone()
+    clone.set_attachments(ATTACHMENT, component)
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, sample_in_stage)
+    return clone
+
+
+def sample_in_stage(executor: Any, noise: Any, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE: sampling as a stage, from before ComfyUI loads the model."""
+    guider = executor.class_obj
+    patcher = guider.model_patcher
+    component = patcher.get_attachment(ATTACHMENT)
+    with stage(
+        Stage.SAMPLING,
+        component,
+        patcher,
+        lambda: estimate.sampling_bytes(patcher, noise.shape, guider.conds, is_guided(guider)),
+    ):
+        return executor(noise, *args, **kwargs)
+
+
+def _copy_as(mixin: type, original: Any, patcher: Any, component: Component | None) -> Any:
+    kind = type(original)
+    if not issubclass(kind, mixin):
+        kind = type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
+    copy: Any = object.__new__(kind)
+    copy.__dict__.update(original.__dict__)
+    copy.patcher, copy.component = patcher, component
+    return copy
