@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .layer_stream_clip import LayerStreamClip
 from .layer_stream_model import LayerStreamModel
 from .load_clip_gguf import LayerStreamGgufClipLoader
 from .load_diffusion_model_gguf import LayerStreamGgufModelLoader
@@ -21,6 +22,7 @@ class LayerStreamExtension(ComfyExtension):
         register_routes(PromptServer.instance)
         return [
             LayerStreamModel,
+            LayerStreamClip,
             OffloadPolicy,
             LayerStreamGgufModelLoader,
             LayerStreamGgufClipLoader,

@@ -37,11 +37,11 @@ CLIP = {
     "intermediate_size": 1024,
     "num_attention_heads": 4,
 }
-T5 = {"num_layers": 4, "d_model": 128, "d_ff": 256, "d_kv": 64, "num_heads": 2}
+T5 = {"vocab_size": 20000, "num_layers": 4, "d_model": 256, "d_ff": 512, "d_kv": 64, "num_heads": 4}
 LLAMA = {
-    "vocab_size": 160000,
-    "hidden_size": 64,
-    "intermediate_size": 256,
+    "vocab_size": 20000,
+    "hidden_size": 128,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -55,7 +55,11 @@ ENCODERS = {
     ),
     "qwen3_4b": Encoder("comfy.text_encoders.z_image", "ZImageTEModel", {"qwen3_4b": LLAMA}, ("qwen3_4b",)),
     "qwen25_7b": Encoder(
-        "comfy.text_encoders.qwen_image", "QwenImageTEModel", {"qwen25_7b": LLAMA}, ("qwen25_7b",), starts_with=151644
+        "comfy.text_encoders.qwen_image",
+        "QwenImageTEModel",
+        {"qwen25_7b": {**LLAMA, "vocab_size": 152064}},
+        ("qwen25_7b",),
+        starts_with=151644,
     ),
     # Its conditioning is made of the layers 10, 20 and 30.
     "mistral3_24b": Encoder(

@@ -6,7 +6,7 @@ it is. A copy's class is the original's with the stages mixed in, so everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,9 +14,11 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
 from . import estimate
+from .families import text_family
 from .passes import is_guided
-from .patcher import StreamingModelPatcher
+from .patcher import NothingToStream, StreamingModelPatcher
 from .policy import Stage
+from .settings import StreamingSettings
 from .stages import Component, stage
 
 WRAPPER_KEY = "layerstream.stages"
@@ -61,6 +63,8 @@ class StagedText:
         if self._scope is not None:
             yield
             return
+        if isinstance(self.patcher, StreamingModelPatcher):
+            self.patcher.stream.begin_run(_lengths(tokens))
         with stage(Stage.TEXT_ENCODE, self.component, self.patcher, lambda: estimate.text_bytes(self, tokens)):
             try:
                 with ExitStack() as self._scope:
@@ -95,6 +99,26 @@ class StagedVae:
     def _stage(self, kind: Stage, work_bytes: Callable[[], int]) -> Iterator[None]:
         with stage(kind, self.component, self.patcher, work_bytes):
             yield
+
+
+def _lengths(tokens: Any) -> Hashable:
+    """What of the tokens decides how much memory encoding takes."""
+    if isinstance(tokens, dict):
+        return tuple((key, _lengths(value)) for key, value in tokens.items())
+    return tuple(len(row) for row in tokens if isinstance(row, list)) if isinstance(tokens, list) else None
+
+
+def streamed_text(clip: Any, settings: StreamingSettings) -> Any:
+    """A copy of a CLIP whose text encoder streams as `settings` say.
+
+    Raises NothingToStream when there is no device to stream to or no layer to stream.
+    """
+    model = clip.patcher.model
+    family = text_family(model)
+    if not family.units:
+        raise NothingToStream(f"no layers were found in {type(model).__name__}")
+    patcher = StreamingModelPatcher.from_patcher(clip.patcher, settings, family)
+    return staged_text(clip, patcher, getattr(clip, "component", None))
 
 
 def staged_text(clip: Any, patcher: Any, component: Component | None) -> Any:
