@@ -9,6 +9,7 @@ from .layer_stream_model import LayerStreamModel
 from .load_clip_gguf import LayerStreamGgufClipLoader
 from .load_diffusion_model_gguf import LayerStreamGgufModelLoader
 from .offload_policy import OffloadPolicy
+from .vram_budget import VramBudget
 
 
 class LayerStreamExtension(ComfyExtension):
@@ -24,6 +25,7 @@ class LayerStreamExtension(ComfyExtension):
             LayerStreamModel,
             LayerStreamClip,
             OffloadPolicy,
+            VramBudget,
             LayerStreamGgufModelLoader,
             LayerStreamGgufClipLoader,
         ]

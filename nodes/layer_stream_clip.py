@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..streaming.host.patcher import NothingToStream
 from ..streaming.host.settings import MOST_PREFETCH, Mode, StreamingSettings
 from ..streaming.host.staged import streamed_text
+from .vram_budget import budget_input
 
 logger = logging.getLogger("layerstream")
 
@@ -63,15 +64,18 @@ class LayerStreamClip(io.ComfyNode):
                     step=64,
                     tooltip="MiB of the card that always stay free for everything else.",
                 ),
+                budget_input(),
             ],
             outputs=[io.Clip.Output("clip_out", display_name="clip")],
         )
 
     @classmethod
-    def execute(cls, clip, mode: str, prefetch_blocks: int, vram_gb: float, min_free_mb: int) -> io.NodeOutput:
+    def execute(
+        cls, clip, mode: str, prefetch_blocks: int, vram_gb: float, min_free_mb: int, budget=None
+    ) -> io.NodeOutput:
         if clip is None:
             raise ValueError("there is no text encoder: the checkpoint has none, so load one with a CLIP loader")
-        settings = StreamingSettings(Mode(mode), prefetch_blocks, vram_gb, min_free_mb)
+        settings = StreamingSettings(Mode(mode), prefetch_blocks, vram_gb, min_free_mb, budget=budget)
         if settings.mode is Mode.OFF:
             return io.NodeOutput(clip)
         try:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..streaming.host.gguf_patches import streaming_patcher_for
 from ..streaming.host.patcher import NothingToStream
 from ..streaming.host.settings import MOST_PREFETCH, Mode, StreamingSettings
+from .vram_budget import budget_input
 
 logger = logging.getLogger("layerstream")
 
@@ -66,13 +67,16 @@ class LayerStreamModel(io.ComfyNode):
                     step=64,
                     tooltip="MiB of the card that always stay free for everything else.",
                 ),
+                budget_input(),
             ],
             outputs=[io.Model.Output("model_out", display_name="model")],
         )
 
     @classmethod
-    def execute(cls, model, mode: str, prefetch_blocks: int, vram_gb: float, min_free_mb: int) -> io.NodeOutput:
-        settings = StreamingSettings(Mode(mode), prefetch_blocks, vram_gb, min_free_mb)
+    def execute(
+        cls, model, mode: str, prefetch_blocks: int, vram_gb: float, min_free_mb: int, budget=None
+    ) -> io.NodeOutput:
+        settings = StreamingSettings(Mode(mode), prefetch_blocks, vram_gb, min_free_mb, budget=budget)
         if settings.mode is Mode.OFF:
             return io.NodeOutput(model)
         try:

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..streaming.host.govern import Parts, govern
 from ..streaming.host.policy import Estimation, PolicyMode, PolicySettings, Switch
+from .vram_budget import budget_input
 
 SWITCHES = [switch.value for switch in Switch]
 
@@ -56,6 +57,7 @@ class OffloadPolicy(io.ComfyNode):
                     ),
                 ),
                 io.Boolean.Input("log", default=True, tooltip="Say in the log what moved, and how fast."),
+                budget_input(),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="model"),
@@ -77,6 +79,7 @@ class OffloadPolicy(io.ComfyNode):
         model=None,
         clip=None,
         vae=None,
+        budget=None,
     ) -> io.NodeOutput:
         settings = PolicySettings(
             PolicyMode(mode),
@@ -87,7 +90,7 @@ class OffloadPolicy(io.ComfyNode):
             Estimation(estimation),
             log,
         )
-        return io.NodeOutput(*govern(Parts(model, clip, vae), settings))
+        return io.NodeOutput(*govern(Parts(model, clip, vae), settings, budget))
 
 
 def _switch(name: str, tooltip: str) -> io.Combo.Input:

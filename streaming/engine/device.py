@@ -85,6 +85,12 @@ class Device(Protocol):
     def free_bytes(self) -> int:
         """Memory that can be taken, what the allocator holds unused included."""
 
+    def taken_bytes(self) -> int:
+        """Memory that this process's tensors take."""
+
+    def limit(self, most_bytes: int | None) -> None:
+        """Bound what this process takes in all, None for no bound; more raises torch.OutOfMemoryError."""
+
     def unused_bytes(self) -> int:
         """Memory that nobody holds, this process's allocator included: what was needed so far leaves it alone."""
 
@@ -112,6 +118,7 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
         self.packer = _triton_packer()
+        self._limit_bytes = torch.cuda.mem_get_info(torch_device)[1]
         # Bound by integer arithmetic: 1.3 TB/s on the 132 multiprocessors of an H200.
         self.assumed_restore = 1e7 * torch.cuda.get_device_properties(torch_device).multi_processor_count
 
@@ -174,11 +181,20 @@ class CudaDevice:
     def free_bytes(self) -> int:
         """What the driver has free plus what torch's allocator holds unused."""
         free, _ = torch.cuda.mem_get_info(self.torch_device)
-        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return free + cached
+        cached = torch.cuda.memory_reserved(self.torch_device) - self.taken_bytes()
+        return min(free + cached, self._limit_bytes - self.taken_bytes())
+
+    def taken_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.torch_device)
+
+    def limit(self, most_bytes: int | None) -> None:
+        total_bytes = torch.cuda.mem_get_info(self.torch_device)[1]
+        self._limit_bytes = total_bytes if most_bytes is None else min(most_bytes, total_bytes)
+        torch.cuda.set_per_process_memory_fraction(self._limit_bytes / total_bytes, self.torch_device)
 
     def unused_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self.torch_device)[0]
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return min(free, self._limit_bytes - torch.cuda.memory_reserved(self.torch_device))
 
     def trim(self) -> None:
         torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from .device import Device
 from .forecast import Form
 from .packing import PACKABLE, Layout, worst_bytes
 from .plan import TINY_BYTES
-from .store import HostStore, Slab
+from .store import HostMemory, HostStore, Slab
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
@@ -68,8 +68,10 @@ class MovingBlock:
 class BlockLoader:
     """Fills slabs and device memory for the blocks of one model."""
 
-    def __init__(self, device: Device, keep_home: Callable[[torch.Tensor], bool]) -> None:
-        self.store = HostStore(device)
+    def __init__(
+        self, device: Device, keep_home: Callable[[torch.Tensor], bool], host_memory: HostMemory
+    ) -> None:
+        self.store = HostStore(device, host_memory)
         self.is_shelving = False
         """Whether what stays on the device keeps a page-locked copy on the host, to leave and return at link speed."""
         self.packed_bytes: dict[int, int] = {}
@@ -166,10 +168,13 @@ class BlockLoader:
 
         Only the module holds them, so that whoever puts other tensors in their place frees the memory.
         """
-        is_shelved = self.is_shelving and cut < len(block.weights)
-        slab = self._raw_slab(index, block, cut, mark, changed) if is_shelved else self._valid_slab(index, mark)
+        slab = self._valid_slab(index, mark)
         base = block.offset_of(cut)
-        memory = self._device.allocate(block.weight_bytes() - base)
+        size_bytes = block.weight_bytes() - base
+        is_shelved = self.is_shelving and size_bytes > 0 and (slab is not None or self.store.has_room(size_bytes))
+        if is_shelved:
+            slab = self._raw_slab(index, block, cut, mark, changed)
+        memory = self._device.allocate(size_bytes)
         if slab is not None:
             memory.copy_(slab.stored)  # at the link's full speed, unlike homes in pages of a file
         for weight, tensor in block.views(memory, cut, len(block.weights), base):

@@ -28,6 +28,7 @@ from .meter import Meter
 from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan, make_plan
 from .ring import Ring
+from .store import HostMemory
 from .walk import Walk
 
 Progress = Callable[[int, int], None]
@@ -49,11 +50,13 @@ class Session:
         device: Device,
         keep_home: Callable[[torch.Tensor], bool],
         note_bound: NoteBound = lambda block, is_bound: None,
+        host_memory: HostMemory | None = None,
     ) -> None:
         """`keep_home(tensor)` says whether a home tensor costs no memory of its own (mapped from a file, say).
 
         Such a one is kept when a slab holds a copy of it; any other is replaced by the slab, so that no weight is in
         host memory twice. `note_bound` is told, in a pass, when a block's weights come to the device and when they go.
+        `host_memory` is what slabs are taken from, without bounds where it is not given.
         """
         self.parts = parts
         self.device = device
@@ -61,7 +64,7 @@ class Session:
         self.plan: Plan | None = None
         self.is_running = False
         self._note_bound = note_bound
-        self._loader = BlockLoader(device, keep_home)
+        self._loader = BlockLoader(device, keep_home, host_memory or HostMemory())
         self._costs = CostSheet(parts, device, self.meter, self._loader.packed_bytes)
         self._walk = Walk(range(len(parts.blocks)))
         self._marks: Marks | None = None

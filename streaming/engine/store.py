@@ -1,7 +1,7 @@
 """Host memory: one exact-size, page-locked slab a block.
 
-In: sizes. Out: slabs, uint8 tensors whose pages the device can read at full link speed. What is written into a slab is
-the session's business.
+In: sizes, and ceilings for all models together. Out: slabs, uint8 tensors whose pages the device can read at full link
+speed. What is written into a slab is the session's business.
 """
 
 from __future__ import annotations
@@ -10,13 +10,66 @@ import logging
 import mmap
 import sys
 import weakref
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .device import Device
 from .packing import Layout
 
+GIB = 1024**3
+
 logger = logging.getLogger("layerstream")
+
+
+class HostMemoryFull(ValueError):
+    """A ceiling on host memory leaves no room for a slab; the message says what would."""
+
+
+class Ceilings(NamedTuple):
+    """The most bytes that slabs may lock, and take at all; None for no bound."""
+
+    locked_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+class HostMemory:
+    """What the slabs of all models together take, against ceilings that may change at any time."""
+
+    def __init__(self, ceilings: Callable[[], Ceilings] = Ceilings) -> None:
+        self._ceilings = ceilings
+        self.total_bytes = 0
+        self.locked_bytes = 0
+
+    def has_room(self, size_bytes: int) -> bool:
+        most_bytes = self._ceilings().total_bytes
+        return most_bytes is None or self.total_bytes + size_bytes <= most_bytes
+
+    def take(self, memory: torch.Tensor, device: Device) -> bool:
+        """Count `memory` and lock its pages if the ceiling and the system allow it; True when they are locked.
+
+        Raises HostMemoryFull.
+        """
+        if not self.has_room(memory.nbytes):
+            most_gib = (self._ceilings().total_bytes or 0) / GIB
+            raise HostMemoryFull(
+                f"streaming takes {(self.total_bytes + memory.nbytes) / GIB:.2f} GiB of RAM and more, and the budget "
+                f"allows {most_gib:.2f} GiB: raise ram_gb, or stream less by raising vram_gb"
+            )
+        most_bytes = self._ceilings().locked_bytes
+        may_lock = most_bytes is None or self.locked_bytes + memory.nbytes <= most_bytes
+        is_locked = may_lock and device.page_lock(memory)
+        self.total_bytes += memory.nbytes
+        self.locked_bytes += memory.nbytes * is_locked
+        return is_locked
+
+    def give_back(self, size_bytes: int, address: int | None, device: Device) -> None:
+        """End what `take` began; `address` is that of locked pages."""
+        self.total_bytes -= size_bytes
+        if address is not None:
+            device.page_unlock(address)
+            self.locked_bytes -= size_bytes
 
 
 class Slab:
@@ -25,15 +78,16 @@ class Slab:
     Tensors that view a slab keep its memory alive after the slab is closed; it is ordinary memory then.
     """
 
-    def __init__(self, device: Device, base: int, size_bytes: int, layout: Layout | None = None) -> None:
+    def __init__(
+        self, device: Device, host_memory: HostMemory, base: int, size_bytes: int, layout: Layout | None = None
+    ) -> None:
         self.base = base
         self.layout = layout
         self.stored = _anonymous_pages(size_bytes)
-        self.is_locked = device.page_lock(self.stored)
+        self.is_locked = host_memory.take(self.stored, device)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
-        self._unlock = (
-            weakref.finalize(self, device.page_unlock, self.stored.data_ptr()) if self.is_locked else lambda: None
-        )
+        address = self.stored.data_ptr() if self.is_locked else None
+        self._give_back = weakref.finalize(self, host_memory.give_back, size_bytes, address, device)
 
     @property
     def size_bytes(self) -> int:
@@ -41,7 +95,7 @@ class Slab:
 
     def close(self) -> None:
         """Unlock the pages; safe to call twice."""
-        self._unlock()
+        self._give_back()
 
 
 def _anonymous_pages(size_bytes: int) -> torch.Tensor:
@@ -64,8 +118,9 @@ def _anonymous_pages(size_bytes: int) -> torch.Tensor:
 class HostStore:
     """The slabs of one model, by block index."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, host_memory: HostMemory) -> None:
         self._device = device
+        self._host_memory = host_memory
         self._slabs: dict[int, Slab] = {}
         self._warned = False
 
@@ -75,15 +130,18 @@ class HostStore:
     def get(self, index: int) -> Slab | None:
         return self._slabs.get(index)
 
+    def has_room(self, size_bytes: int) -> bool:
+        return self._host_memory.has_room(size_bytes)
+
     def build(self, index: int, base: int, size_bytes: int, layout: Layout | None = None) -> Slab:
         """Make the slab of block `index`; its old one, if any, must have been dropped."""
         assert index not in self._slabs
-        slab = Slab(self._device, base, size_bytes, layout)
+        slab = Slab(self._device, self._host_memory, base, size_bytes, layout)
         if not slab.is_locked and not self._warned:
             self._warned = True
             logger.warning(
-                "LayerStream: the system refuses to page-lock more host memory, so some blocks are copied at a fraction"
-                " of the link's speed; close other programs or lower what they lock"
+                "LayerStream: no more host memory can be page-locked, so some blocks are copied at a fraction of the "
+                "link's speed; close other programs, or raise ram_gb on a VRAM Budget node"
             )
         self._slabs[index] = slab
         return slab

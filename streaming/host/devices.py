@@ -21,7 +21,7 @@ PACKED_VARIABLE = "LAYERSTREAM_SIMULATE_PACKED"
 def device_for(load_device: torch.device) -> Device | None:
     """The engine device for `load_device`; None where there is no memory to stream between."""
     if load_device.type == "cuda":
-        return CudaDevice(load_device)
+        return _card(load_device)
     if load_device.type == "cpu" and os.environ.get(SIMULATE_VARIABLE):
         return _simulated_card(
             float(os.environ[SIMULATE_VARIABLE]),
@@ -29,6 +29,12 @@ def device_for(load_device: torch.device) -> Device | None:
             os.environ.get(PACKED_VARIABLE) == "1",
         )
     return None
+
+
+@cache
+def _card(load_device: torch.device) -> Device:
+    """One object a card: what bounds it bounds it for all models."""
+    return CudaDevice(load_device)
 
 
 @cache

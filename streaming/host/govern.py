@@ -7,10 +7,12 @@ that keeps page-locked copies, all of them telling when their stages begin. Unde
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from comfy.model_patcher import ModelPatcher
 
+from .budget import Budget
 from .families import Family, text_family
 from .patcher import NothingToStream, StreamingModelPatcher
 from .policy import Leave, Part, PolicyMode, PolicySettings
@@ -29,8 +31,8 @@ class Parts(NamedTuple):
     vae: Any
 
 
-def govern(parts: Parts, settings: PolicySettings) -> Parts:
-    """Give the parts as the policy has them.
+def govern(parts: Parts, settings: PolicySettings, budget: Budget | None = None) -> Parts:
+    """Give the parts as the policy has them, what it moves under `budget`.
 
     Raises ValueError when nothing is connected, or a text encoder without the model that it makes room for.
     """
@@ -45,21 +47,23 @@ def govern(parts: Parts, settings: PolicySettings) -> Parts:
             "leave: connect the model to the same Offload Policy node"
         )
     if model is not None:
-        model = staged_model(*_take(Part.DIFFUSION, model, settings))
+        model = staged_model(*_take(Part.DIFFUSION, model, settings, budget))
     if clip is not None:
-        clip = staged_text(clip, *_take(Part.TEXT, clip.patcher, settings))
+        clip = staged_text(clip, *_take(Part.TEXT, clip.patcher, settings, budget))
     if vae is not None:
         vae.throw_exception_if_invalid()
-        vae = staged_vae(vae, *_take(Part.VAE, vae.patcher, settings))
+        vae = staged_vae(vae, *_take(Part.VAE, vae.patcher, settings, budget))
     return Parts(model, clip, vae)
 
 
-def _take(part: Part, source: ModelPatcher, settings: PolicySettings) -> tuple[ModelPatcher, Component | None]:
+def _take(
+    part: Part, source: ModelPatcher, settings: PolicySettings, budget: Budget | None
+) -> tuple[ModelPatcher, Component | None]:
     """The patcher with which the policy moves a part, and its component; None for one that stays ComfyUI's."""
     if not settings.moves(part):
         return source, None
     try:
-        patcher = _streamed(part, source, settings)
+        patcher = _streamed(part, source, settings, budget)
     except NothingToStream as reason:
         logger.warning("LayerStream: the %s stays where ComfyUI puts it: %s", part.value, reason)
         return source, None
@@ -67,11 +71,14 @@ def _take(part: Part, source: ModelPatcher, settings: PolicySettings) -> tuple[M
     return patcher, component_for(part, patcher.stream, settings)
 
 
-def _streamed(part: Part, source: ModelPatcher, settings: PolicySettings) -> StreamingModelPatcher:
+def _streamed(
+    part: Part, source: ModelPatcher, settings: PolicySettings, budget: Budget | None
+) -> StreamingModelPatcher:
     if isinstance(source, StreamingModelPatcher) and not settings.streams(part):
-        return source  # what a Layer-Stream node has set stands
-    mode = Mode.ALWAYS if settings.streams(part) else Mode.AUTO
-    return StreamingModelPatcher.from_patcher(source, StreamingSettings(mode), _family(part, source.model))
+        own = source.settings  # what a Layer-Stream node has set stands
+        return StreamingModelPatcher.from_patcher(source, replace(own, budget=own.budget or budget))
+    streaming = StreamingSettings(Mode.ALWAYS if settings.streams(part) else Mode.AUTO, budget=budget)
+    return StreamingModelPatcher.from_patcher(source, streaming, _family(part, source.model))
 
 
 def _family(part: Part, model: Any) -> Family | None:

@@ -50,6 +50,8 @@ def is_guided(guider: Any) -> bool:
 def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
     """PREPARE_SAMPLING: note what ComfyUI estimates that the run needs besides weights, before the model loads."""
     stream = getattr(model, "stream", None)
+    if stream is not None:
+        model.make_room()
     if stream is not None and stream.device.holds_activations:
         both, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
         walks = sum(map(len, conds.values())) if stream.is_guided else 1

@@ -31,12 +31,13 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..engine.block import Weight
 from ..engine.plan import BudgetTooSmall, Packing, Plan
 from ..engine.session import Marks
+from .budget import within
 from .casting import FLAG
 from .devices import device_for, why_not
 from .families import Family
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .planning import choose_plan, least_left
-from .settings import GIB, StreamingSettings
+from .settings import GIB, Mode, StreamingSettings
 from .streams import ModelStream, stream_for
 from .telemetry import report
 
@@ -86,6 +87,8 @@ class StreamingModelPatcher(ModelPatcher):
             patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, note_guidance)
             patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER_KEY, note_memory)
         patcher.settings = settings
+        if settings.budget is not None:
+            settings.budget.add(patcher.stream)
         return patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> StreamingModelPatcher:
@@ -182,7 +185,7 @@ class StreamingModelPatcher(ModelPatcher):
         self._load_plan(plan, fresh=True, afresh=True)
         for _ in range(FITTING_ROUNDS):
             session.begin_run()
-            missing_bytes = least_left(self.settings) - self.stream.note_fitting()
+            missing_bytes = least_left(within(self.settings, self.stream)) - self.stream.note_fitting()
             if missing_bytes <= 0 or not self.stream.device.holds_activations:
                 break
             self._shrink(missing_bytes, afresh=True)
@@ -207,7 +210,14 @@ class StreamingModelPatcher(ModelPatcher):
     def _choose(self, allowed_bytes: float) -> Plan:
         held_bytes = self.loaded_size() if self.stream.is_in_place else 0
         unpacked = _patched(self._marks())
-        return choose_plan(self.stream, self.settings, allowed_bytes, held_bytes, self._packing(), unpacked)
+        settings = within(self.settings, self.stream)
+        return choose_plan(self.stream, settings, allowed_bytes, held_bytes, self._packing(), unpacked)
+
+    def make_room(self) -> None:
+        """Before a run: have other models of the same budget make way."""
+        if self.settings.budget is not None:
+            wanted_bytes = 0 if self.settings.mode is Mode.ALWAYS else self.model_size()
+            self.settings.budget.make_room(self.stream, wanted_bytes)
 
     def _packing(self) -> Packing:
         """Whether weights may be packed.

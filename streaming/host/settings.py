@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ..engine.plan import Packing
+from ..engine.plan import GIB, Packing
+from .budget import Budget
 
-GIB = 1024**3
 MIB = 1024**2
 MOST_PREFETCH = 8
 
@@ -26,7 +26,8 @@ class StreamingSettings:
 
     `prefetch_blocks` is how many blocks are fetched ahead, 0 for what measures best. `vram_gib` bounds what the model's
     weights take of the card: 0 is what ComfyUI reports as free, a negative number is free memory less that many GiB.
-    `min_free_mib` stays free on the card whatever else is set. `packing` says what may be packed.
+    `min_free_mib` stays free on the card whatever else is set. `packing` says what may be packed. `budget` is a bound
+    that is shared with other models, None where there is none.
     """
 
     mode: Mode = Mode.AUTO
@@ -34,6 +35,7 @@ class StreamingSettings:
     vram_gib: float = 0.0
     min_free_mib: int = 256
     packing: Packing = Packing.AUTO
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))

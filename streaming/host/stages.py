@@ -18,6 +18,7 @@ from typing import Any
 
 import comfy.model_management
 
+from .leaving import make_leave
 from .policy import Leave, Part, PolicySettings, Stage, Switch
 from .settings import MIB, Mode
 from .streams import ModelStream
@@ -60,17 +61,11 @@ class Component:
 
     def give(self, size_bytes: int | None, why: str) -> int:
         """Leave the card, or give up `size_bytes` of it; give the bytes that came free."""
-        before = self.stream.held_bytes
-        if self.running or before == 0:
-            return 0
-        loaded = comfy.model_management.current_loaded_models
-        for entry in [entry for entry in loaded if getattr(entry.model, "model", None) is self.stream.model]:
-            if entry.model_unload(size_bytes):
-                loaded.remove(entry)
-        self.stream.device.trim()
-        self.has_left = True
-        self._say(f"{self.part.value} left the card {why}: {self.stream.moves.departures.last}, nothing was copied")
-        return before - self.stream.held_bytes
+        freed = 0 if self.running else make_leave(self.stream, size_bytes)
+        if freed:
+            self.has_left = True
+            self._say(f"{self.part.value} left the card {why}: {self.stream.moves.departures.last}, nothing was copied")
+        return freed
 
     def come_back(self) -> None:
         """Come back where there is room without anything else leaving."""
@@ -125,6 +120,9 @@ def stage(
         own.note_patcher(patcher)
         own.running += 1
     try:
+        make_room = getattr(patcher, "make_room", None)
+        if make_room is not None:
+            make_room()
         _make_way(kind, own, patcher, work_bytes)
         yield
     finally:

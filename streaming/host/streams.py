@@ -23,6 +23,7 @@ from ..engine.codec import align
 from ..engine.device import Device
 from ..engine.plan import Packing
 from ..engine.session import Session
+from .budget import host_memory
 from .casting import CastSwitch
 from .families import Family, family_of
 from .moves import Moves
@@ -181,7 +182,7 @@ class ModelStream:
                 self.family.units,
                 lambda module, name: getattr(module, f"{name}_comfy_model_dtype", None) if is_dynamic else None,
             )
-            self._session = Session(parts, self.device, _is_mapped, self.casting.note_bound)
+            self._session = Session(parts, self.device, _is_mapped, self.casting.note_bound, host_memory())
         if self.is_shelved:
             self._session.shelve()
 

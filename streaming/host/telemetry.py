@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..engine.meter import PassTimes
+from .budget import budget_of
 from .streams import ModelStream, live_streams
 
 
@@ -14,6 +15,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
     session, plan, meter = stream.session, stream.session.plan, stream.session.meter
     times = meter.times or PassTimes()
     expected = session.expect(plan) if plan else None
+    budget = budget_of(stream)
     return {
         "model": type(stream.model).__name__,
         "family": stream.family.name,
@@ -32,6 +34,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "page_locked_bytes": session.page_locked_bytes,
         "peak_bytes": stream.device.peak_bytes(),
         "budget_bytes": stream.budget_bytes,
+        "budget_split_bytes": budget.split() if budget else None,
         "fitting_bytes": stream.fitting_bytes,
         "passes": meter.passes,
         "broken_passes": meter.broken_passes,

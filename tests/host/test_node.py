@@ -24,7 +24,8 @@ def run(model, **inputs):
 def test_the_schema_is_complete():
     schema = LayerStreamModel.define_schema()
     assert schema.node_id == "LayerStreamModel"
-    assert [item.id for item in schema.inputs] == ["model", "mode", "prefetch_blocks", "vram_gb", "min_free_mb"]
+    widgets = ["mode", "prefetch_blocks", "vram_gb", "min_free_mb"]
+    assert [item.id for item in schema.inputs] == ["model", *widgets, "budget"]
     assert all(item.tooltip for item in schema.inputs)
     assert {item.id for item in schema.inputs}.isdisjoint(item.id for item in schema.outputs)
 

@@ -46,7 +46,8 @@ def fingerprint(patcher) -> tuple:
 def test_the_schema_is_complete():
     schema = OffloadPolicy.define_schema()
     assert schema.node_id == "LayerStreamOffloadPolicy"
-    assert [item.id for item in schema.inputs] == ["model", "clip", "vae", "mode", *OVERRIDES, "estimation", "log"]
+    widgets = ["mode", *OVERRIDES, "estimation", "log"]
+    assert [item.id for item in schema.inputs] == ["model", "clip", "vae", *widgets, "budget"]
     assert all(item.tooltip for item in schema.inputs)
     assert {item.id for item in schema.inputs}.isdisjoint(item.id for item in schema.outputs)
 

@@ -1,0 +1,86 @@
+"""VRAM Budget: one bound on the card for all nodes that it is connected to."""
+
+from __future__ import annotations
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..streaming.host.budget import Budget
+from ..streaming.host.devices import device_for, why_not
+
+BudgetType = io.Custom("LAYERSTREAM_BUDGET")
+
+
+def budget_input() -> io.Input:
+    """The input with which a node is put under a budget."""
+    return BudgetType.Input(
+        "budget", optional=True, tooltip="A bound on the card that is shared with everything else connected to it."
+    )
+
+
+class VramBudget(io.ComfyNode):
+    """Gives a budget."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LayerStreamVramBudget",
+            display_name="VRAM Budget",
+            category="advanced/layerstream",
+            description=(
+                "Bounds how much of the graphics card and of RAM the connected nodes take together. Models that share "
+                "a budget make way for each other."
+            ),
+            inputs=[
+                io.Float.Input(
+                    "vram_gb",
+                    default=0.0,
+                    min=-64.0,
+                    max=256.0,
+                    step=0.1,
+                    tooltip=(
+                        "Most GiB of the card for all connected models together. 0: what is free. Negative: what is "
+                        "free less that many GiB."
+                    ),
+                ),
+                io.Int.Input(
+                    "min_free_mb",
+                    default=256,
+                    min=0,
+                    max=65536,
+                    step=64,
+                    tooltip="MiB of the card that always stay free for everything else.",
+                ),
+                io.Float.Input(
+                    "ram_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=2048.0,
+                    step=1.0,
+                    tooltip=(
+                        "Most GiB of RAM that weights may take, page-locked or not. 0: as much as they need, at most "
+                        "half of all RAM page-locked."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "hard_limit",
+                    default=False,
+                    tooltip=(
+                        "Bound all that ComfyUI takes of the card, the work as well as the weights. Whatever asks for "
+                        "more runs out of memory, as on a smaller card. Does not bind ComfyUI's DynamicVRAM."
+                    ),
+                ),
+            ],
+            outputs=[BudgetType.Output("budget_out", display_name="budget")],
+        )
+
+    @classmethod
+    def execute(cls, vram_gb: float, min_free_mb: int, ram_gb: float, hard_limit: bool) -> io.NodeOutput:
+        budget = Budget(vram_gb, min_free_mb, ram_gb)
+        if hard_limit:
+            load_device = comfy.model_management.get_torch_device()
+            device = device_for(load_device)
+            if device is None:
+                raise ValueError(f"hard_limit cannot be kept: {why_not(load_device)}; turn it off")
+            budget.limit(device)
+        return io.NodeOutput(budget)

@@ -1,0 +1,165 @@
+"""One bound on the card, and on host memory, for all models that are put under it.
+
+In: what a person set on the VRAM Budget node, and which models share it. Out: for each model as it loads, what the
+others leave of it. Idle models make way for the one that runs, as far as the bound asks for it; how much each holds is
+the split. A hard limit is given to the allocator, so that activations count too and a breach is an ordinary
+out-of-memory error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from ..engine.device import Device
+from ..engine.plan import GIB
+from ..engine.store import Ceilings, HostMemory
+from .leaving import make_leave
+
+if TYPE_CHECKING:
+    from .settings import StreamingSettings
+    from .streams import ModelStream
+
+MIB = 1024**2
+
+# Page-locked memory cannot be swapped; the system and other programs need the rest.
+LOCKED_SHARE = 0.5
+
+# What a bound is given as where nothing of it is left: less would read as automatic.
+NOTHING_GIB = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What a person sets on the VRAM Budget node.
+
+    `vram_gib` bounds the weights of all its models together: 0 is what is free, negative what is free less that many
+    GiB. `min_free_mib` stays free on the card. `ram_gib` bounds page-locked and all host memory that is taken for
+    weights; 0 is half of RAM page-locked.
+    """
+
+    vram_gib: float = 0.0
+    min_free_mib: int = 256
+    ram_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.min_free_mib < 0:
+            raise ValueError(f"min_free_mb is {self.min_free_mib}: set it to 0 or more")
+        if self.ram_gib < 0:
+            raise ValueError(f"ram_gb is {self.ram_gib}: set it to 0 for automatic, or to the GiB of RAM to use")
+        _budgets.add(self)
+
+    def add(self, stream: ModelStream) -> None:
+        """Put a model under this budget, and under no other."""
+        for other in _budgets:
+            _members_of(other).discard(stream)
+        _members_of(self).add(stream)
+
+    def limit(self, device: Device) -> None:
+        """Bound all that this process takes of the card, until nothing refers to this budget any more.
+
+        Raises ValueError where that would leave nothing.
+        """
+        device.limit(None)  # an older limit says nothing of what the card has
+        free_bytes = device.free_bytes() + device.taken_bytes()
+        most_bytes = self.vram_gib * GIB if self.vram_gib > 0 else free_bytes + self.vram_gib * GIB
+        most_bytes = int(min(most_bytes, free_bytes - self.min_free_mib * MIB))
+        if most_bytes <= 0:
+            _apply_limits(device)
+            raise ValueError(
+                f"the hard limit leaves {most_bytes / GIB:.2f} GiB of the card: {free_bytes / GIB:.2f} GiB are free, "
+                "so raise vram_gb or lower min_free_mb"
+            )
+        _limits[self] = most_bytes
+        weakref.finalize(self, _apply_limits, device).atexit = False
+        _apply_limits(device)
+
+    def split(self) -> dict[str, int]:
+        """Bytes of the card that each model holds, by the model's class."""
+        held: dict[str, int] = {}
+        for stream in sorted(_members_of(self), key=lambda one: type(one.model).__name__):
+            name = type(stream.model).__name__
+            held[name] = held.get(name, 0) + stream.held_bytes
+        return held
+
+    def make_room(self, stream: ModelStream, wanted_bytes: int) -> None:
+        """Before `stream` loads: have idle models give up what `wanted_bytes` asks for of the bound."""
+        if self.vram_gib <= 0:
+            return
+        over_bytes = self._held_beside(stream) + wanted_bytes - self.vram_gib * GIB
+        for other in _members_of(self):
+            if over_bytes <= 0:
+                return
+            if other is not stream:
+                over_bytes -= make_leave(other, int(over_bytes))
+
+    def _held_beside(self, stream: ModelStream) -> int:
+        return sum(other.held_bytes for other in _members_of(self) if other is not stream)
+
+    def left_for(self, stream: ModelStream) -> int:
+        """Bytes of the bound that the other models leave; only for a bound in GiB."""
+        return int(self.vram_gib * GIB) - self._held_beside(stream)
+
+
+_budgets: weakref.WeakSet[Budget] = weakref.WeakSet()
+_members: weakref.WeakKeyDictionary[Budget, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+
+
+_limits: weakref.WeakKeyDictionary[Budget, int] = weakref.WeakKeyDictionary()
+
+
+def _apply_limits(device: Device) -> None:
+    """Bound the card by the smallest hard limit that is alive."""
+    device.limit(min(_limits.values(), default=None))
+
+
+def _members_of(budget: Budget) -> weakref.WeakSet[ModelStream]:
+    return _members.setdefault(budget, weakref.WeakSet())
+
+
+def budget_of(stream: ModelStream) -> Budget | None:
+    return next((budget for budget in _budgets if stream in _members_of(budget)), None)
+
+
+def within(settings: StreamingSettings, stream: ModelStream) -> StreamingSettings:
+    """The settings with what the budget, if any, leaves this model now, as plain figures."""
+    budget = settings.budget
+    if budget is None:
+        return settings
+    bounds = list(_bounds_gib(settings, budget, stream))
+    return replace(
+        settings,
+        vram_gib=max(min(bounds), NOTHING_GIB) if bounds else 0.0,
+        min_free_mib=max(settings.min_free_mib, budget.min_free_mib),
+        budget=None,
+    )
+
+
+def _bounds_gib(settings: StreamingSettings, budget: Budget, stream: ModelStream) -> Iterator[float]:
+    """Every bound in GiB that is someone's own figure."""
+    free_gib = (stream.device.free_bytes() + stream.held_bytes) / GIB
+    if budget.vram_gib > 0:
+        yield budget.left_for(stream) / GIB
+    for figure in (settings.vram_gib, budget.vram_gib):
+        if figure < 0:
+            yield free_gib + figure
+    if settings.vram_gib > 0:
+        yield settings.vram_gib
+
+
+@cache
+def host_memory() -> HostMemory:
+    """The host memory of this process, bounded by the smallest budget that is alive."""
+    return HostMemory(_ceilings)
+
+
+def _ceilings() -> Ceilings:
+    own = [int(budget.ram_gib * GIB) for budget in _budgets if budget.ram_gib]
+    if own:
+        return Ceilings(min(own), min(own))
+    return Ceilings(int(LOCKED_SHARE * psutil.virtual_memory().total), None)
