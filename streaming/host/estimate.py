@@ -1,46 +1,135 @@
 """How much of the card a stage needs besides weights.
 
-In: a component and the shape of its work. Out: bytes. ComfyUI's own numbers, taken from where ComfyUI itself takes
-them; a component for which it has none needs nothing that is known.
+In: a component and its work. Out: bytes. By formula these are ComfyUI's own numbers, taken from where ComfyUI itself
+takes them; by dry run they are found once for each shape and remembered for as long as the model lives. Where a dry run
+cannot be made, the log says why and the formula stands in.
 """
 
 from __future__ import annotations
 
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import comfy.sampler_helpers
 import torch
 
+from ..engine.live_bytes import peak_of
+from . import dryrun
+from .policy import Estimation
 
-def decode_shape(vae: Any, samples: torch.Tensor) -> torch.Size:
+logger = logging.getLogger("layerstream")
+
+
+def decode_bytes(vae: Any, samples: torch.Tensor, estimation: Estimation = Estimation.FORMULA) -> int:
+    shape = _decode_shape(vae, samples)
+    return _estimate(
+        estimation,
+        vae.first_stage_model,
+        ("decode", tuple(shape[1:]), vae.vae_dtype),
+        lambda: dryrun.decode(vae, shape),
+        lambda: vae.memory_used_decode(shape, vae.vae_dtype),
+    )
+
+
+def encode_bytes(vae: Any, pixels: torch.Tensor, estimation: Estimation = Estimation.FORMULA) -> int:
+    shape = _encode_shape(vae, pixels)
+    return _estimate(
+        estimation,
+        vae.first_stage_model,
+        ("encode", tuple(shape[1:]), vae.vae_dtype),
+        lambda: dryrun.encode(vae, shape),
+        lambda: vae.memory_used_encode(shape, vae.vae_dtype),
+    )
+
+
+def text_bytes(clip: Any, tokens: Any, estimation: Estimation = Estimation.FORMULA) -> int:
+    """For the formula, what ComfyUI 0.33 says of some encoders; of others it says nothing."""
+    function = getattr(clip.cond_stage_model, "memory_estimation_function", None)
+    return _estimate(
+        estimation,
+        clip.cond_stage_model,
+        ("text", token_shape(tokens)),
+        lambda: dryrun.encode_text(clip, tokens),
+        lambda: function(tokens, device=clip.patcher.load_device) if function else 0,
+    )
+
+
+def sampling_bytes(
+    patcher: Any,
+    noise_shape: Sequence[int],
+    conds: dict[str, list[Any]],
+    is_guided: bool,
+    estimation: Estimation = Estimation.FORMULA,
+) -> int:
+    def formula() -> int:
+        both, single = comfy.sampler_helpers.estimate_memory(patcher, noise_shape, conds)
+        return both if is_guided else single
+
+    shapes = tuple(
+        (name, key, tuple(value.shape))
+        for name, entries in conds.items()
+        for cond in entries
+        for key, value in cond.items()
+        if isinstance(value, torch.Tensor)
+    )
+    return _estimate(
+        estimation,
+        patcher.model,
+        ("sampling", tuple(noise_shape), is_guided, shapes),
+        lambda: dryrun.sample(patcher, noise_shape, conds, is_guided),
+        formula,
+    )
+
+
+def token_shape(tokens: Any) -> Hashable:
+    """What of tokens decides how much memory encoding takes."""
+    if isinstance(tokens, dict):
+        return tuple((key, token_shape(value)) for key, value in tokens.items())
+    return tuple(len(row) for row in tokens if isinstance(row, list)) if isinstance(tokens, list) else None
+
+
+# What dry runs found, None where one could not be made.
+_found: weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, int | None]] = weakref.WeakKeyDictionary()
+
+
+def _estimate(
+    estimation: Estimation,
+    model: torch.nn.Module,
+    work: tuple[Hashable, ...],
+    prepare: Callable[[], dryrun.Work],
+    formula: Callable[[], float],
+) -> int:
+    if estimation is Estimation.FORMULA:
+        return int(formula())
+    found = _found.setdefault(model, {})
+    if work not in found:
+        try:
+            found[work] = peak_of(*prepare())
+        except Exception as reason:  # what is played through is anybody's code
+            found[work] = None
+            logger.warning(
+                "LayerStream: no dry run of %s of %s, so ComfyUI's formula is used: %s: %s",
+                work[0],
+                type(model).__name__,
+                type(reason).__name__,
+                str(reason).partition("\n")[0],
+            )
+    size_bytes = found[work]
+    return int(formula()) if size_bytes is None else size_bytes
+
+
+def _decode_shape(vae: Any, samples: torch.Tensor) -> torch.Size:
     """The shape that ComfyUI decodes, of a latent as a node passes it."""
     if vae.latent_dim == 2 and samples.ndim == 5:
         return samples[:, :, 0].shape
     return samples.shape
 
 
-def encode_shape(vae: Any, pixels: torch.Tensor) -> torch.Size:
+def _encode_shape(vae: Any, pixels: torch.Tensor) -> torch.Size:
     """The shape that ComfyUI encodes, channels first, of images as a node passes them."""
     cropped = vae.vae_encode_crop_pixels(pixels).movedim(-1, 1)
     if vae.latent_dim == 3 and cropped.ndim < 5:
         cropped = cropped.unsqueeze(2) if getattr(vae, "not_video", False) else cropped.movedim(1, 0).unsqueeze(0)
     return cropped.shape
-
-
-def decode_bytes(vae: Any, samples: torch.Tensor) -> int:
-    return int(vae.memory_used_decode(decode_shape(vae, samples), vae.vae_dtype))
-
-
-def encode_bytes(vae: Any, pixels: torch.Tensor) -> int:
-    return int(vae.memory_used_encode(encode_shape(vae, pixels), vae.vae_dtype))
-
-
-def text_bytes(clip: Any, tokens: Any) -> int:
-    """What ComfyUI 0.33 says of some encoders; 0.3.75 and the others count on what ComfyUI always leaves free."""
-    function = getattr(clip.cond_stage_model, "memory_estimation_function", None)
-    return int(function(tokens, device=clip.patcher.load_device)) if function else 0
-
-
-def sampling_bytes(model: Any, noise_shape: Any, conds: Any, is_guided: bool) -> int:
-    both, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
-    return int(both if is_guided else single)

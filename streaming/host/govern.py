@@ -47,12 +47,12 @@ def govern(parts: Parts, settings: PolicySettings, budget: Budget | None = None)
             "leave: connect the model to the same Offload Policy node"
         )
     if model is not None:
-        model = staged_model(*_take(Part.DIFFUSION, model, settings, budget))
+        model = staged_model(*_take(Part.DIFFUSION, model, settings, budget), settings.estimation)
     if clip is not None:
-        clip = staged_text(clip, *_take(Part.TEXT, clip.patcher, settings, budget))
+        clip = staged_text(clip, *_take(Part.TEXT, clip.patcher, settings, budget), settings.estimation)
     if vae is not None:
         vae.throw_exception_if_invalid()
-        vae = staged_vae(vae, *_take(Part.VAE, vae.patcher, settings, budget))
+        vae = staged_vae(vae, *_take(Part.VAE, vae.patcher, settings, budget), settings.estimation)
     return Parts(model, clip, vae)
 
 
