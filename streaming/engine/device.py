@@ -7,6 +7,7 @@ pipeline's business. `simulated.py` has the other implementation.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Protocol
 
 import torch
@@ -90,6 +91,9 @@ class Device(Protocol):
 
     def limit(self, most_bytes: int | None) -> None:
         """Bound what this process takes in all, None for no bound; more raises torch.OutOfMemoryError."""
+
+    def spilled_bytes(self) -> int:
+        """Memory of this process that the driver keeps in RAM because the device was full, by arithmetic."""
 
     def unused_bytes(self) -> int:
         """Memory that nobody holds, this process's allocator included: what was needed so far leaves it alone."""
@@ -191,6 +195,13 @@ class CudaDevice:
         total_bytes = torch.cuda.mem_get_info(self.torch_device)[1]
         self._limit_bytes = total_bytes if most_bytes is None else min(most_bytes, total_bytes)
         torch.cuda.set_per_process_memory_fraction(self._limit_bytes / total_bytes, self.torch_device)
+
+    def spilled_bytes(self) -> int:
+        """Only Windows drivers do this; elsewhere what does not fit is refused."""
+        if sys.platform != "win32":
+            return 0
+        total_bytes = torch.cuda.mem_get_info(self.torch_device)[1]
+        return max(0, torch.cuda.memory_reserved(self.torch_device) - total_bytes)
 
     def unused_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.torch_device)

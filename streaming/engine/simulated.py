@@ -212,6 +212,9 @@ class SimulatedDevice:
     def taken_bytes(self) -> int:
         return self.used_bytes
 
+    def spilled_bytes(self) -> int:
+        return 0  # what does not fit is refused
+
     def limit(self, most_bytes: int | None) -> None:
         self._limit_bytes = self.budget_bytes if most_bytes is None else min(most_bytes, self.budget_bytes)
 

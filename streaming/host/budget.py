@@ -127,7 +127,11 @@ def budget_of(stream: ModelStream) -> Budget | None:
 
 
 def within(settings: StreamingSettings, stream: ModelStream) -> StreamingSettings:
-    """The settings with what the budget, if any, leaves this model now, as plain figures."""
+    """The settings with what the budget, if any, leaves this model now, as plain figures, and under its restraint."""
+    return stream.restraint.on(_within_budget(settings, stream))
+
+
+def _within_budget(settings: StreamingSettings, stream: ModelStream) -> StreamingSettings:
     budget = settings.budget
     if budget is None:
         return settings

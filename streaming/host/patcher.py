@@ -31,6 +31,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..engine.block import Weight
 from ..engine.plan import BudgetTooSmall, Packing, Plan
 from ..engine.session import Marks
+from . import retries
 from .budget import within
 from .casting import FLAG
 from .devices import device_for, why_not
@@ -86,6 +87,8 @@ class StreamingModelPatcher(ModelPatcher):
             patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, stream_pass)
             patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, note_guidance)
             patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER_KEY, note_memory)
+            patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY, retries.retry_sampling)
+            patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, retries.WRAPPER_KEY, retries.split_guidance)
         patcher.settings = settings
         if settings.budget is not None:
             settings.budget.add(patcher.stream)

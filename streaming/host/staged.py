@@ -6,15 +6,18 @@ it is. A copy's class is the original's with the stages mixed in, so everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from . import estimate
+from . import estimate, retries
 from .families import text_family
+from .ladder import STREAMED_RUNGS, VAE_RUNGS, Rung, Standing, climb_down
 from .passes import is_guided
 from .patcher import NothingToStream, StreamingModelPatcher
 from .policy import Estimation, Stage
@@ -36,16 +39,16 @@ class StagedText:
     _scope: ExitStack | None = None
 
     def encode_from_tokens(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._stage(tokens):
-            return super().encode_from_tokens(tokens, *args, **kwargs)  # type: ignore[misc]
+        encode = super().encode_from_tokens  # type: ignore[misc]
+        return self._in_stage(tokens, lambda: encode(tokens, *args, **kwargs))
 
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._stage(tokens):
-            return super().encode_from_tokens_scheduled(tokens, *args, **kwargs)  # type: ignore[misc]
+        encode = super().encode_from_tokens_scheduled  # type: ignore[misc]
+        return self._in_stage(tokens, lambda: encode(tokens, *args, **kwargs))
 
     def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._stage(tokens):
-            return super().generate(tokens, *args, **kwargs)  # type: ignore[misc]
+        generate = super().generate  # type: ignore[misc]
+        return self._in_stage(tokens, lambda: generate(tokens, *args, **kwargs))
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         if self._scope is not None:
@@ -59,24 +62,31 @@ class StagedText:
         clone = super().clone(*args, **kwargs)  # type: ignore[misc]
         return staged_text(clone, clone.patcher, self.component, self.estimation)
 
-    @contextmanager
-    def _stage(self, tokens: Any) -> Iterator[None]:
+    def _in_stage(self, tokens: Any, run: Callable[[], Any]) -> Any:
         if self._scope is not None:
-            yield
-            return
-        if isinstance(self.patcher, StreamingModelPatcher):
-            self.patcher.stream.begin_run(estimate.token_shape(tokens))
-        with stage(
-            Stage.TEXT_ENCODE,
-            self.component,
-            self.patcher,
-            lambda: estimate.text_bytes(self, tokens, self.estimation),
-        ):
+            return run()  # a stage within a stage
+        work = estimate.token_shape(tokens)
+        is_streamed = isinstance(self.patcher, StreamingModelPatcher)
+        if is_streamed:
+            self.patcher.stream.begin_run(work)
+
+        def attempt(standing: Standing) -> Any:
             try:
-                with ExitStack() as self._scope:
-                    yield
+                with (
+                    stage(Stage.TEXT_ENCODE, self.component, self.patcher, self._work_bytes(tokens)),
+                    ExitStack() as self._scope,
+                ):
+                    return run()
             finally:
                 self._scope = None
+
+        rungs = STREAMED_RUNGS if is_streamed else (Rung.EVICT,)
+        return climb_down(
+            Stage.TEXT_ENCODE, self.patcher, work, rungs, attempt, lambda: "use a text encoder of fewer bytes a weight"
+        )
+
+    def _work_bytes(self, tokens: Any) -> Callable[[], int]:
+        return lambda: estimate.text_bytes(self, tokens, self.estimation)
 
 
 class StagedVae:
@@ -86,26 +96,74 @@ class StagedVae:
     component: Component | None
     estimation: Estimation
 
+    _may_tile = True
+
     def decode(self, samples_in: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._stage(Stage.DECODE, lambda: estimate.decode_bytes(self, samples_in, self.estimation)):
-            return super().decode(samples_in, *args, **kwargs)  # type: ignore[misc]
+        decode = super().decode  # type: ignore[misc]
+        return self._in_stage(Stage.DECODE, samples_in, lambda: decode(samples_in, *args, **kwargs))
 
     def decode_tiled(self, samples: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._stage(Stage.DECODE, lambda: estimate.decode_bytes(self, samples, self.estimation)):
-            return super().decode_tiled(samples, *args, **kwargs)  # type: ignore[misc]
+        decode = super().decode_tiled  # type: ignore[misc]
+        return self._in_stage(Stage.DECODE, samples, lambda: decode(samples, *args, **kwargs), is_tiled=True)
 
     def encode(self, pixel_samples: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._stage(Stage.IMAGE_ENCODE, lambda: estimate.encode_bytes(self, pixel_samples, self.estimation)):
-            return super().encode(pixel_samples, *args, **kwargs)  # type: ignore[misc]
+        encode = super().encode  # type: ignore[misc]
+        return self._in_stage(Stage.IMAGE_ENCODE, pixel_samples, lambda: encode(pixel_samples, *args, **kwargs))
 
     def encode_tiled(self, pixel_samples: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._stage(Stage.IMAGE_ENCODE, lambda: estimate.encode_bytes(self, pixel_samples, self.estimation)):
-            return super().encode_tiled(pixel_samples, *args, **kwargs)  # type: ignore[misc]
+        encode = super().encode_tiled  # type: ignore[misc]
+        run = partial(encode, pixel_samples, *args, **kwargs)
+        return self._in_stage(Stage.IMAGE_ENCODE, pixel_samples, run, is_tiled=True)
 
-    @contextmanager
-    def _stage(self, kind: Stage, work_bytes: Callable[[], int]) -> Iterator[None]:
-        with stage(kind, self.component, self.patcher, work_bytes):
-            yield
+    def _in_stage(self, kind: Stage, images: Any, run: Callable[[], Any], is_tiled: bool = False) -> Any:
+        """Run a stage; ComfyUI goes over to tiles by itself, but only once everything idle has left the card."""
+
+        def attempt(standing: Standing) -> Any:
+            self._may_tile = is_tiled or Rung.TILE in standing.rungs
+            try:
+                with stage(kind, self.component, self.patcher, lambda: work_bytes(self, images, self.estimation)):
+                    return run()
+            finally:
+                self._may_tile = True
+
+        work_bytes = estimate.decode_bytes if kind is Stage.DECODE else estimate.encode_bytes
+        return climb_down(
+            kind,
+            self.patcher,
+            (tuple(images.shape), is_tiled),
+            (Rung.EVICT,) if is_tiled else VAE_RUNGS,
+            attempt,
+            lambda: "make the tiles smaller, with VAE Decode (Tiled) or VAE Encode (Tiled)",
+        )
+
+    def decode_tiled_(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super().decode_tiled_, *args, **kwargs)  # type: ignore[misc]
+
+    def decode_tiled_1d(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super().decode_tiled_1d, *args, **kwargs)  # type: ignore[misc]
+
+    def decode_tiled_3d(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super().decode_tiled_3d, *args, **kwargs)  # type: ignore[misc]
+
+    def _decode_tiled_owned(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super()._decode_tiled_owned, *args, **kwargs)  # type: ignore[misc]
+
+    def encode_tiled_(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super().encode_tiled_, *args, **kwargs)  # type: ignore[misc]
+
+    def encode_tiled_1d(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super().encode_tiled_1d, *args, **kwargs)  # type: ignore[misc]
+
+    def encode_tiled_3d(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super().encode_tiled_3d, *args, **kwargs)  # type: ignore[misc]
+
+    def _encode_tiled_owned(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tiled(super()._encode_tiled_owned, *args, **kwargs)  # type: ignore[misc]
+
+    def _tiled(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._may_tile:
+            raise torch.OutOfMemoryError("the whole image at once ran out of memory")
+        return run(*args, **kwargs)
 
 
 def streamed_text(clip: Any, settings: StreamingSettings) -> Any:
@@ -134,6 +192,8 @@ def staged_model(patcher: ModelPatcher, component: Component | None, estimation:
     """A clone of `patcher` whose sampling is a stage; its clones are the same component."""
     clone = patcher.clone()
     clone.set_attachments(ATTACHMENT, (component, estimation))
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY, retries.retry_sampling)
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, sample_in_stage)
     return clone

@@ -27,6 +27,7 @@ from .budget import host_memory
 from .casting import CastSwitch
 from .families import Family, family_of
 from .moves import Moves
+from .restraint import FREE, Restraint
 from .settings import StreamingSettings
 
 ROOT = "diffusion_model"
@@ -65,6 +66,8 @@ class ModelStream:
     is_shelved: bool = False
     """Whether what is on the card keeps a page-locked copy on the host."""
     moves: Moves = field(default_factory=Moves)
+    restraint: Restraint = FREE
+    """What the run gives up because one like it ran out of memory."""
     load_id: uuid.UUID | None = None
     is_guided: bool = False
     ways: tuple[Way, ...] = (Way(),)

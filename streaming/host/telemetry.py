@@ -7,6 +7,7 @@ from typing import Any
 
 from ..engine.meter import PassTimes
 from .budget import budget_of
+from .ladder import rungs_taken
 from .streams import ModelStream, live_streams
 
 
@@ -51,6 +52,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "restore_ms": times.total_ms("restore_ms"),
         "compute_ms": times.total_ms("compute_ms") + times.total_ms("lead_ms") + times.tail_ms,
         "link_bytes_per_s": meter.rates.link * 1000 if meter.rates else None,
+        "rungs": rungs_taken(stream.model),
         "moves": asdict(stream.moves),
         "times_ms": [
             {

@@ -33,24 +33,28 @@ def test_the_run_after_a_fault_is_right_and_nothing_leaks(monkeypatch, load, sam
     with pytest.raises(error):
         sample(streamed)
     handle.remove()
-    assert (device.used_bytes, device.locked_bytes, hook_count(model)) == held
+    is_tried_again = error is torch.OutOfMemoryError  # with less each time, so the plan is another one afterwards
+    assert is_tried_again or (device.used_bytes, device.locked_bytes, hook_count(model)) == held
     streamed.stream.session.check()
     assert torch.equal(sample(streamed), expected)
-    assert streamed.streaming_report()["broken_passes"] == 1
+    assert streamed.streaming_report()["broken_passes"] == (5 if is_tried_again else 1)
+    assert (device.used_bytes, device.locked_bytes, hook_count(model)) == held
 
 
-def test_out_of_memory_while_loading(monkeypatch, load, sample):
+def test_out_of_memory_while_loading_is_met_with_a_smaller_plan(monkeypatch, load, sample):
     model = load("flux", size="tiny")
     expected = sample(model)
     on_simulated_card(monkeypatch, seed=3)
     streamed = stream(model, 0.9)
     device = streamed.stream.device
     hog = device.allocate(device.free_bytes() - streamed.model_size() // 2)
-    monkeypatch.setattr(device, "free_bytes", lambda: device.budget_bytes)  # a neighbour that nobody foresaw
-    with pytest.raises(torch.OutOfMemoryError):
-        sample(streamed)
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "free_bytes", lambda: device.budget_bytes)  # a neighbour that nobody foresaw
+        assert torch.equal(sample(streamed), expected)
+    assert streamed.streaming_report()["rungs"]
+    assert device.used_bytes - hog.nbytes <= streamed.model_size() // 2
+    streamed.detach()
     assert device.used_bytes == hog.nbytes
-    monkeypatch.undo()
     del hog
     assert torch.equal(sample(streamed), expected)
     assert torch.equal(sample(model), expected)
