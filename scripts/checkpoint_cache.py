@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from . import checkpoints
 from .checkpoints import Family, Size
 from .hosts import CACHE
@@ -50,11 +52,13 @@ def workflow_models(*, size: Size = "narrow", device: str = "cpu") -> dict[str, 
     }
 
 
-def text_encoder(family: Family, *, size: Size = "narrow", device: str = "cpu") -> Path:
-    """The text encoder file of `family`: for Z-Image, when narrow, CLIP-L."""
+def text_encoder(
+    family: Family, *, size: Size = "narrow", dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> Path:
+    """The text encoder file of `family`, its weights in `dtype`: for Z-Image, when narrow, CLIP-L."""
     return cached(
-        f"{family}-text-encoder-{size}",
-        lambda path: checkpoints.write_text_encoder(family, path, size=size, device=device),
+        f"{family}-text-encoder-{size}-{str(dtype).removeprefix('torch.')}",
+        lambda path: checkpoints.write_text_encoder(family, path, size=size, dtype=dtype, device=device),
     )
 
 

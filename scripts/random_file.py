@@ -20,7 +20,7 @@ import torch
 
 from .layouts.tensors import TensorLayout
 
-TYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+TYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
 HEADER_ALIGNMENT_BYTES = 8
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Values drawn at once: small enough for a processor's cache, large enough to keep a GPU and its link busy."""
@@ -42,7 +42,7 @@ def write_random_file(
     has such.
 
     Raises:
-        ValueError: `dtype` is none of bfloat16, float16, float32, or a name occurs twice.
+        ValueError: `dtype` is none of bfloat16, float16, float32, float8_e4m3fn, or a name occurs twice.
     """
     if dtype not in TYPE_NAMES:
         raise ValueError(f"cannot write {dtype}: choose one of {', '.join(map(str, TYPE_NAMES))}")
@@ -98,7 +98,7 @@ def _write_tensor(
     chunk_elements = min(CHUNK_ELEMENTS[device.type], tensor.elements)
     on_card = device.type == "cuda"
     # Drawn in the file's own type where the device can, which halves its work; processors draw bfloat16 slowly.
-    drawn = torch.empty(chunk_elements, dtype=dtype if on_card else torch.float32, device=device)
+    drawn = torch.empty(chunk_elements, dtype=dtype if on_card and dtype.itemsize > 1 else torch.float32, device=device)
     # Page-locked, the copy to RAM runs at the link's speed, and no fresh pages are touched for each chunk.
     staged = torch.empty(chunk_elements, dtype=dtype, pin_memory=on_card)
     with path.open("r+b", buffering=0) as file:
