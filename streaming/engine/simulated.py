@@ -118,7 +118,8 @@ class SimulatedDevice:
         self, budget_bytes: int, seed: int = 0, packer: Packer | None = None, has_clock: bool = False
     ) -> None:
         """`has_clock` says that times shall be believed, which makes plans depend on chance."""
-        self.budget_bytes = self._limit_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
+        self._limit_bytes: int | None = None
         self.packer = packer
         self.has_clock = has_clock
         self.used_bytes = 0
@@ -132,9 +133,9 @@ class SimulatedDevice:
         self._locked: dict[int, int] = {}
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        if self.used_bytes + size_bytes > self._limit_bytes:
+        if self.used_bytes + size_bytes > self._most_bytes:
             raise torch.OutOfMemoryError(
-                f"simulated device: {size_bytes} bytes asked for, {self.free_bytes()} of {self._limit_bytes} free"
+                f"simulated device: {size_bytes} bytes asked for, {self.free_bytes()} of {self._most_bytes} free"
             )
         memory = numpy.full(size_bytes, POISON, dtype=numpy.uint8)
         self.used_bytes += size_bytes
@@ -207,7 +208,7 @@ class SimulatedDevice:
         self.locked_bytes -= self._locked.pop(address)
 
     def free_bytes(self) -> int:
-        return self._limit_bytes - self.used_bytes
+        return self._most_bytes - self.used_bytes
 
     def taken_bytes(self) -> int:
         return self.used_bytes
@@ -216,7 +217,11 @@ class SimulatedDevice:
         return 0  # what does not fit is refused
 
     def limit(self, most_bytes: int | None) -> None:
-        self._limit_bytes = self.budget_bytes if most_bytes is None else min(most_bytes, self.budget_bytes)
+        self._limit_bytes = most_bytes
+
+    @property
+    def _most_bytes(self) -> int:
+        return self.budget_bytes if self._limit_bytes is None else min(self._limit_bytes, self.budget_bytes)
 
     def peak_bytes(self) -> int:
         return self._peak_bytes
