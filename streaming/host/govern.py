@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from .budget import Budget
 from .families import Family, text_family
+from .gguf_patches import streaming_patcher_for
 from .patcher import NothingToStream, StreamingModelPatcher
 from .policy import Leave, Part, PolicyMode, PolicySettings
 from .settings import Mode, StreamingSettings
@@ -76,9 +77,9 @@ def _streamed(
 ) -> StreamingModelPatcher:
     if isinstance(source, StreamingModelPatcher) and not settings.streams(part):
         own = source.settings  # what a Layer-Stream node has set stands
-        return StreamingModelPatcher.from_patcher(source, replace(own, budget=own.budget or budget))
+        return streaming_patcher_for(source).from_patcher(source, replace(own, budget=own.budget or budget))
     streaming = StreamingSettings(Mode.ALWAYS if settings.streams(part) else Mode.AUTO, budget=budget)
-    return StreamingModelPatcher.from_patcher(source, streaming, _family(part, source.model))
+    return streaming_patcher_for(source).from_patcher(source, streaming, _family(part, source.model))
 
 
 def _family(part: Part, model: Any) -> Family | None:

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from . import estimate, retries
 from .families import text_family
+from .gguf_patches import streaming_patcher_for
 from .ladder import STREAMED_RUNGS, VAE_RUNGS, Rung, Standing, climb_down
 from .passes import is_guided
 from .patcher import NothingToStream, StreamingModelPatcher
@@ -175,7 +176,7 @@ def streamed_text(clip: Any, settings: StreamingSettings) -> Any:
     family = text_family(model)
     if not family.units:
         raise NothingToStream(f"no layers were found in {type(model).__name__}")
-    patcher = StreamingModelPatcher.from_patcher(clip.patcher, settings, family)
+    patcher = streaming_patcher_for(clip.patcher).from_patcher(clip.patcher, settings, family)
     estimation = getattr(clip, "estimation", Estimation.FORMULA)
     return staged_text(clip, patcher, getattr(clip, "component", None), estimation)
 

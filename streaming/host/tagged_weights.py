@@ -12,6 +12,7 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 
 from ..engine.codec import codec_for
+from .families import Family
 from .patcher import NothingToStream, StreamingModelPatcher
 from .settings import StreamingSettings
 
@@ -26,10 +27,12 @@ class TaggedStreamingModelPatcher(StreamingModelPatcher):
     """A model that the ComfyUI-GGUF pack has loaded, streamed. That pack patches weights in a way of its own."""
 
     @classmethod
-    def from_patcher(cls, source: ModelPatcher, settings: StreamingSettings) -> StreamingModelPatcher:
+    def from_patcher(
+        cls, source: ModelPatcher, settings: StreamingSettings, family: Family | None = None
+    ) -> StreamingModelPatcher:
         if any(is_tagged(comfy.utils.get_attr(source.model, key)) for key in source.patches):
             raise NothingToStream(f"it has LoRAs and was loaded by another pack's GGUF loader; {_REMEDY}")
-        return super().from_patcher(source, settings)
+        return super().from_patcher(source, settings, family)
 
     def add_patches(self, patches: dict[Any, Any], *strengths: float, **options: float) -> list[Any]:
         taken = super().add_patches(patches, *strengths, **options)
