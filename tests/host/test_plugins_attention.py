@@ -109,7 +109,8 @@ def run_twice(tokens, args, original):
 
 
 @pytest.mark.parametrize(
-    ("name", "single_blocks"), [("flux", 4), ("flux2", 2), ("chroma", 2), ("sd3", 0), ("wan21-t2v", 0), ("qwen-image", 0)]
+    ("name", "single_blocks"),
+    [("flux", 4), ("flux2", 2), ("chroma", 2), ("sd3", 0), ("wan21-t2v", 0), ("qwen-image", 0)],
 )
 def test_replaced_blocks(name, single_blocks):
     """Blocks with something added, left out and run twice; a departure from the order is no fault."""
