@@ -1,0 +1,94 @@
+"""What changes a streamed model's weights, or takes them: merging nodes, scheduled LoRAs, a model as a LoRA."""
+
+from __future__ import annotations
+
+import comfy.hooks
+import pytest
+import torch
+
+from loras import apply, make_lora
+from plugged import assert_equal_streamed, assert_streams_as, node, sample, stream_all, stream_half
+from scripts.division import narrow_units
+from scripts.family_matrix import simulated_card
+from scripts.tiny_models import build_tiny_model
+
+
+def merged(first, second, ratio: float = 0.3):
+    return node("nodes_model_merging", "ModelMergeSimple", model1=first, model2=second, ratio=ratio)[0]
+
+
+def merged_by_blocks(first, second):
+    parts = {"input": 0.2, "middle": 0.5, "out": 0.8}
+    return node("nodes_model_merging", "ModelMergeBlocks", model1=first, model2=second, **parts)[0]
+
+
+def with_difference(first, second):
+    difference = node("nodes_model_merging", "ModelSubtract", model1=second, model2=first, multiplier=0.5)[0]
+    return node("nodes_model_merging", "ModelAdd", model1=first, model2=difference)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "merge", "how"),
+    [
+        ("sd15", merged_by_blocks, stream_all),
+        ("flux", merged, stream_half),
+        ("flux", with_difference, stream_all),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_merge_of_models_of_which_any_is_streamed(name, merge, how):
+    """Also of one that was just run, some of whose weights are on the card."""
+    with narrow_units(), torch.inference_mode():
+        first, second = (build_tiny_model(name, seed=seed) for seed in (0, 1))
+        expected, alone = sample(merge(first, second), name), sample(second, name)
+        assert not torch.equal(expected, sample(first, name)) and not torch.equal(expected, alone)
+        with simulated_card(0):
+            streamed = how(second)
+            assert_streams_as(merge(how(first), streamed), expected, name)
+            assert_streams_as(streamed, alone, name)
+            assert_streams_as(how(merge(first, streamed)), expected, name)
+            assert torch.equal(sample(merge(first, streamed), name), expected)
+
+
+def test_a_merge_takes_packed_weights_as_they_were():
+    with narrow_units(), torch.inference_mode():
+        first, second = (build_tiny_model("flux", seed=seed) for seed in (0, 1))
+        expected, alone = sample(merged(first, second), "flux"), sample(second, "flux")
+        with simulated_card(1):
+            streamed = stream_half(second)
+        assert_streams_as(streamed, alone, "flux")
+        assert streamed.stream.session.is_packed
+        assert torch.equal(sample(merged(first, streamed), "flux"), expected)
+
+
+def scheduled(hooks):
+    """Conditioning with weight hooks of which the strength changes at each step."""
+    keyframes = None
+    for strength, start in ((1.0, 0.0), (0.4, 0.3), (0.0, 0.6), (-0.5, 0.8)):
+        values = {"strength_mult": strength, "start_percent": start, "prev_hook_kf": keyframes}
+        (keyframes,) = node("nodes_hooks", "CreateHookKeyframe", **values)
+    (hooks,) = node("nodes_hooks", "SetHookKeyframes", hooks=hooks, hook_kf=keyframes)
+
+    def change(positive, negative):
+        plain = [[condition.flip(1), entries] for condition, entries in positive]
+        hooked = node("nodes_hooks", "SetModelHooksOnCond", conditioning=positive, hooks=hooks)[0]
+        return hooked + plain, negative
+
+    return change
+
+
+@pytest.mark.parametrize(("name", "is_packed"), [("sd15", False), ("flux", True)])
+def test_scheduled_loras(name, is_packed):
+    """One prompt with a LoRA whose strength changes with the steps, one without, and one more LoRA on the model."""
+    with torch.inference_mode():
+        model = build_tiny_model(name)
+        lora, other = make_lora(model, seed=3), make_lora(model, seed=4)
+    change = scheduled(comfy.hooks.create_hook_lora(lora, 1.0, 1.0))
+    assert_equal_streamed(name, lambda model: apply(model, other, 0.8), change, steps=4, is_packed=is_packed)
+
+
+def test_a_model_as_a_scheduled_lora():
+    with torch.inference_mode():
+        weights = comfy.hooks.get_patch_weights_from_model(build_tiny_model("flux", seed=1))
+    change = scheduled(comfy.hooks.create_hook_model_as_lora(weights, None, 0.6, 0.0))
+    assert_equal_streamed("flux", change=change, steps=4)
