@@ -34,6 +34,7 @@ from ..engine.session import Marks
 from . import retries
 from .budget import within
 from .casting import FLAG
+from .compiling import COMPILE_KEY, is_compiled, unless_streaming
 from .devices import device_for, why_not
 from .families import Family
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
@@ -98,6 +99,18 @@ class StreamingModelPatcher(ModelPatcher):
         clone = super().clone(*args, **kwargs)
         clone.stream, clone.settings, clone.source = self.stream, self.settings, self.source
         return clone
+
+    # -- what other nodes add ------------------------------------------------------------------------------------
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+        is_compiling = wrapper_type == WrappersMP.APPLY_MODEL and key == COMPILE_KEY
+        super().add_wrapper_with_key(wrapper_type, key, unless_streaming(wrapper) if is_compiling else wrapper)
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        if is_compiled(obj):
+            logger.warning("LayerStream: `%s` stays uncompiled, because the model it is part of is streamed", name)
+            return
+        super().add_object_patch(name, obj)
 
     # -- what the memory manager asks ----------------------------------------------------------------------------
 
@@ -174,8 +187,8 @@ class StreamingModelPatcher(ModelPatcher):
             for module in self.model.modules():
                 module.__dict__.pop(FLAG, None)
         super().unpatch_model(self.offload_device, unpatch_weights=True)
+        self.stream.open(is_dynamic)  # weights are known by their places in the model that nobody has patched
         super().patch_model(load_weights=False)
-        self.stream.open(is_dynamic)
 
     def replan(self) -> None:
         """Between two passes of a run, once its first plan was measured: make a better one if there is one.
@@ -411,6 +424,11 @@ def _carry_over(source: ModelPatcher, patcher: StreamingModelPatcher) -> None:
     clone = source.clone()
     patcher.__dict__.update(clone.__dict__)
     patcher.parent = source
+    for wrapper in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).pop(COMPILE_KEY, []):
+        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY, wrapper)
+    patcher.object_patches = {}
+    for name, obj in clone.object_patches.items():
+        patcher.add_object_patch(name, obj)
     # The clone is finished with; emptied, its end cannot touch what it shared.
     clone.callbacks, clone.injections, clone.pinned = {}, {}, set()
     clone.model_options = {"transformer_options": {}}

@@ -94,6 +94,11 @@ class ModelStream:
         return self.load_id is not None and self.model.current_weight_patches_uuid is self.load_id
 
     @property
+    def is_streaming(self) -> bool:
+        """True while the model is loaded by a plan under which something streams or is restored."""
+        return self.is_in_place and self.session.plan is not None and not self.session.plan.is_resident
+
+    @property
     def is_open(self) -> bool:
         return self._session is not None
 
