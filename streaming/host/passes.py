@@ -7,10 +7,12 @@ patcher that runs through the object it wraps.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import comfy.sampler_helpers
 
+from .sharing import make_room, models_beside
 from .streams import Way
 
 WRAPPER_KEY = "layerstream"
@@ -48,16 +50,20 @@ def is_guided(guider: Any) -> bool:
 
 
 def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
-    """PREPARE_SAMPLING: note what ComfyUI estimates that the run needs besides weights, before the model loads."""
+    """PREPARE_SAMPLING: note what the run needs besides this model's weights, before the models load."""
     stream = getattr(model, "stream", None)
     if stream is not None:
         model.make_room()
     if stream is not None and stream.device.holds_activations:
         both, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
+        others, extra_bytes = models_beside(model, conds, kwargs.get("model_options"))
         walks = sum(map(len, conds.values())) if stream.is_guided else 1
-        stream.ways = (Way(walks, int(single)),)
+        estimates = (Way(walks, int(single + extra_bytes)),)
         if walks > 1:
-            stream.ways = (Way(1, int(both * BATCH_MARGIN), is_batch=True), *stream.ways)
+            estimates = (Way(1, int(both * BATCH_MARGIN + extra_bytes), is_batch=True), *estimates)
+        stream.estimates, stream.beside = estimates, weakref.WeakSet(others)
         stream.whole_batch = walks * noise_shape[0]
-        stream.begin_run((tuple(noise_shape), both, walks))
+        sizes = tuple(sorted(other.model_size() for other in others))
+        stream.begin_run((tuple(noise_shape), both, walks, sizes, extra_bytes))
+        make_room(model)
     return executor(model, noise_shape, conds, *args, **kwargs)

@@ -70,8 +70,10 @@ class ModelStream:
     """What the run gives up because one like it ran out of memory."""
     load_id: uuid.UUID | None = None
     is_guided: bool = False
-    ways: tuple[Way, ...] = (Way(),)
-    """How the coming run can go, the one in a single walk first."""
+    estimates: tuple[Way, ...] = (Way(),)
+    """How the coming run can go, the one in a single walk first, by ComfyUI's estimates of what compute needs."""
+    beside: weakref.WeakSet[ModelPatcher] = field(default_factory=weakref.WeakSet)
+    """The models that the coming run has on the card besides this one: control models and the like."""
     batch: int = 0
     """The most that passes of this kind of run had in a batch."""
     whole_batch: int = 1
@@ -92,6 +94,17 @@ class ModelStream:
     def is_in_place(self) -> bool:
         """True while the model holds our tensors: nobody else has loaded or unloaded it since."""
         return self.load_id is not None and self.model.current_weight_patches_uuid is self.load_id
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the models beside this one have yet to bring to the card; ComfyUI loads them before it or after it."""
+        return sum(max(0, other.model_size() - other.loaded_size()) for other in self.beside)
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """How the coming run can go, with what it needs of the card for everything but this model."""
+        missing_bytes = self.missing_bytes
+        return tuple(way._replace(reserve_bytes=way.reserve_bytes + missing_bytes) for way in self.estimates)
 
     @property
     def is_streaming(self) -> bool:

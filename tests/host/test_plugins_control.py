@@ -19,13 +19,16 @@ from plugged import assert_equal_streamed, node
 from scripts.model_configurations import MODELS
 from scripts.tiny_models import fill, is_newer_host
 
-LOADS_ON = {"load_device": comfy.model_management.get_torch_device(), "manual_cast_dtype": torch.float32}
 WIDTHS = {"dtype": torch.bfloat16, "operations": comfy.ops.manual_cast}
 
 
 def settings(name: str) -> dict:
     known = MODELS[name].settings(narrow=True, is_newer=is_newer_host())
     return {key: value for key, value in known.items() if key not in ("image_model", "out_channels", "num_blocks")}
+
+
+def loads() -> dict:
+    return {"load_device": comfy.model_management.get_torch_device(), "manual_cast_dtype": torch.float32}
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -35,24 +38,24 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
 
 def control_of_unet(name: str) -> ControlNet:
     control = comfy.cldm.cldm.ControlNet(**settings(name), hint_channels=3, **WIDTHS)
-    return ControlNet(filled(control), **LOADS_ON)
+    return ControlNet(filled(control), **loads())
 
 
 def control_of_flux(name: str) -> ControlNet:
     few = {"depth": 2, "depth_single_blocks": 2, "out_channels": 16}
     control = comfy.ldm.flux.controlnet.ControlNetFlux(**{**settings(name), **few}, **WIDTHS)
-    return ControlNet(filled(control), extra_conds=["y", "guidance"], **LOADS_ON)
+    return ControlNet(filled(control), extra_conds=["y", "guidance"], **loads())
 
 
 def control_of_sd3(name: str) -> ControlNet:
     control = comfy.cldm.mmdit.ControlNet(num_blocks=2, **settings(name), **WIDTHS)
-    return ControlNet(filled(control), compression_ratio=1, **LOADS_ON)
+    return ControlNet(filled(control), compression_ratio=1, **loads())
 
 
 def control_of_qwen(name: str) -> ControlNet:
     few = {**settings(name), "num_layers": 2}
     control = comfy.ldm.qwen_image.controlnet.QwenImageControlNetModel(**few, **WIDTHS)
-    return ControlNet(filled(control), compression_ratio=1, extra_conds=[], **LOADS_ON)
+    return ControlNet(filled(control), compression_ratio=1, extra_conds=[], **loads())
 
 
 def adapter(name: str) -> T2IAdapter:
