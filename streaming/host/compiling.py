@@ -12,13 +12,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
-
 logger = logging.getLogger("layerstream")
 
 Wrapper = Callable[..., Any]
-
-__all__ = ["COMPILE_KEY", "is_compiled", "unless_streaming"]
 
 
 def unless_streaming(compiling: Wrapper) -> Wrapper:

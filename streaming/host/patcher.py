@@ -27,6 +27,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher, move_weight_functions, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..engine.block import Weight
 from ..engine.plan import BudgetTooSmall, Packing, Plan
@@ -34,7 +35,7 @@ from ..engine.session import Marks
 from . import retries
 from .budget import within
 from .casting import FLAG
-from .compiling import COMPILE_KEY, is_compiled, unless_streaming
+from .compiling import is_compiled, unless_streaming
 from .devices import device_for, why_not
 from .families import Family
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass

@@ -95,7 +95,7 @@ def test_two_models_take_turns_on_a_card_that_holds_one(monkeypatch, narrow, tur
             kept = host_addresses(first), host_addresses(second), card.device.locked_bytes
     assert card.most_bytes <= card.size_bytes
     assert (host_addresses(first), host_addresses(second), card.device.locked_bytes) == kept
-    assert (card.device.copied_bytes > copied_bytes) == (share < 1), "streamed though it fits, or did not though it had to"
+    assert (card.device.copied_bytes > copied_bytes) == (share < 1)
     for streamed in (first, second):
         streamed.stream.session.check()
 
