@@ -23,7 +23,7 @@ def left_half(side: int) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_regional_conditioning(name):
     """An area, a mask and a span of steps: several forward passes a step, of differing sizes."""
     side = MODELS[name].latent[-1]
@@ -67,17 +67,16 @@ def test_an_inpaint_model(monkeypatch):
     assert_equal_streamed("sd15-inpaint", change=change)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "zimage"])
-def test_a_mask_of_several_strengths(name):
+def test_a_mask_of_several_strengths():
     """Differential diffusion: which part of the latent is free changes with every step."""
-    shape = MODELS[name].latent
+    shape = MODELS["zimage"].latent
     mask = torch.linspace(0, 1, shape[-1]).expand(1, 1, *shape[-2:])
     latent = {"samples": values(1, *shape), "noise_mask": mask}
 
     def patch(model):
         return node("nodes_differential_diffusion", "DifferentialDiffusion", model=model, strength=0.9)[0]
 
-    assert_equal_streamed(name, patch, latent=latent, steps=3, denoise=0.8)
+    assert_equal_streamed("zimage", patch, latent=latent, steps=3, denoise=0.8)
 
 
 WINDOWS: dict[str, Any] = {

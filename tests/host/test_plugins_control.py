@@ -59,10 +59,10 @@ def control_of_qwen(name: str) -> ControlNet:
 
 
 def adapter(name: str) -> T2IAdapter:
-    width, is_xl = MODELS[name].narrow["model_channels"], name == "sdxl"
+    width = MODELS[name].narrow["model_channels"]
     model = comfy.t2i_adapter.adapter.Adapter(
-        cin=768 if is_xl else 192, channels=[width, 2 * width, 4 * width, 4 * width], nums_rb=2, ksize=1, sk=True,
-        use_conv=False, xl=is_xl,
+        cin=192, channels=[width, 2 * width, 4 * width, 4 * width], nums_rb=2, ksize=1, sk=True,
+        use_conv=False, xl=False,
     )  # fmt: skip
     return T2IAdapter(filled(model), model.input_channels, 8, "nearest-exact")
 
@@ -89,9 +89,7 @@ CONTROLS = [
     ("sd3", control_of_sd3, (12, 12, 16)),
     ("qwen-image", control_of_qwen, (1, 12, 12, 16)),
     ("sd15", adapter, (128, 128, 3)),
-    ("sdxl", adapter, (128, 128, 3)),
     ("sd15", control_lora, (64, 64, 3)),
-    ("sdxl", control_lora, (64, 64, 3)),
 ]
 
 
@@ -121,9 +119,8 @@ def test_a_control_model_gives_the_same_bits_on_a_streamed_model(name, control, 
     assert_equal_streamed(name, change=change)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_a_control_lora_is_made_of_patched_weights_too(name):
+def test_a_control_lora_is_made_of_patched_weights_too():
     """It copies the model's weights at each run, LoRAs and all, from wherever they are."""
     with torch.inference_mode():
-        change = controlled_by(control_lora(name), (64, 64, 3))
-    assert_equal_streamed(name, lambda model: apply(model, make_lora(model, seed=1), 0.7), change)
+        change = controlled_by(control_lora("sdxl"), (64, 64, 3))
+    assert_equal_streamed("sdxl", lambda model: apply(model, make_lora(model, seed=1), 0.7), change)

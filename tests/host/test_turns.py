@@ -77,8 +77,7 @@ def build(names) -> list:
     return [build_tiny_model(name, seed=seed) for seed, name in enumerate(names)]
 
 
-@pytest.mark.parametrize("turn", TURNS)
-@pytest.mark.parametrize("share", [0.8, 1.2])
+@pytest.mark.parametrize(("turn", "share"), [("cascade", 0.8), ("experts", 0.8), ("experts", 1.2)])
 def test_two_models_take_turns_on_a_card_that_holds_one(monkeypatch, narrow, turn, share):
     """With less than the smaller one needs, so that both stream, and with more, so that none needs to."""
     names, run = TURNS[turn]
