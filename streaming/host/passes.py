@@ -58,7 +58,7 @@ def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: 
         both, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
         others, extra_bytes = models_beside(model, conds, kwargs.get("model_options"))
         walks = sum(map(len, conds.values())) if stream.is_guided else 1
-        estimates = (Way(walks, int(single + extra_bytes)),)
+        estimates: tuple[Way, ...] = (Way(walks, int(single + extra_bytes)),)
         if walks > 1:
             estimates = (Way(1, int(both * BATCH_MARGIN + extra_bytes), is_batch=True), *estimates)
         stream.estimates, stream.beside = estimates, weakref.WeakSet(others)
