@@ -55,9 +55,8 @@ class LayerStreamModel(io.ComfyNode):
                     max=256.0,
                     step=0.1,
                     tooltip=(
-                        "Most GiB of the card that weights may take, of all streamed models with such a figure "
-                        "together. 0: all that is free, with room left for the work. Negative: what is free less that "
-                        "many GiB."
+                        "Most GiB of the card that this model's weights may take. 0: all that is free, with room left "
+                        "for the work. Negative: what is free less that many GiB."
                     ),
                 ),
                 io.Int.Input(

@@ -12,7 +12,7 @@ from typing import Any
 
 import comfy.sampler_helpers
 
-from .sharing import make_room, models_beside
+from .beside import give_way, models_beside
 from .streams import Way
 
 WRAPPER_KEY = "layerstream"
@@ -65,5 +65,5 @@ def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: 
         stream.whole_batch = walks * noise_shape[0]
         sizes = tuple(sorted(other.model_size() for other in others))
         stream.begin_run((tuple(noise_shape), both, walks, sizes, extra_bytes))
-        make_room(model)
+        give_way(model)
     return executor(model, noise_shape, conds, *args, **kwargs)

@@ -8,6 +8,7 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
+from layerstream.streaming.host.budget import Budget
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import StreamingSettings
 
@@ -28,10 +29,6 @@ def narrow():
 
 def automatic(model) -> StreamingModelPatcher:
     return StreamingModelPatcher.from_patcher(model, StreamingSettings(min_free_mib=0))
-
-
-def at_most(model, size_bytes: int) -> StreamingModelPatcher:
-    return StreamingModelPatcher.from_patcher(model, StreamingSettings(vram_gib=size_bytes / GIB, min_free_mib=0))
 
 
 def stage_a() -> comfy.sd.VAE:
@@ -112,14 +109,14 @@ def test_both_stages_are_gone_before_stage_a_decodes(monkeypatch, narrow):
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_one_budget_of_ones_own_is_for_both(monkeypatch, narrow, turn):
-    """Two nodes with the same `vram_gb`: together they never take more, though the card has room for both."""
+def test_one_budget_is_for_both(monkeypatch, narrow, turn):
+    """Together they never take more, though the card has room for both."""
     names, run = TURNS[turn]
     expected = run(*build(names))
     card = SharedCard(monkeypatch, 1024**3)
-    models = build(names)
-    budget_bytes = int(0.7 * min(model.model_size() for model in models))
-    first, second = (at_most(model, budget_bytes) for model in models)
+    budget_bytes = int(0.7 * min(model.model_size() for model in build(names)))
+    settings = StreamingSettings(min_free_mib=0, budget=Budget(vram_gib=budget_bytes / GIB, min_free_mib=0))
+    first, second = (StreamingModelPatcher.from_patcher(model, settings) for model in build(names))
     for _ in range(2):
         assert torch.equal(run(first, second), expected)
         assert card.most_bytes <= budget_bytes
