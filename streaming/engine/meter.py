@@ -69,6 +69,11 @@ class PassTimes:
     copying_ms: float = 0.0
     blocks: dict[int, BlockTimes] = field(default_factory=dict)
 
+    @property
+    def busy_ms(self) -> float:
+        """What compute takes of the pass, in blocks and between them."""
+        return self.total_ms("compute_ms") + self.total_ms("lead_ms") + self.tail_ms
+
     def total_ms(self, part: str) -> float:
         """Sum of `part` (an attribute of `BlockTimes`) over the blocks."""
         return sum(getattr(block, part) for block in self.blocks.values())

@@ -24,7 +24,7 @@ from .costs import CostSheet
 from .device import Device
 from .forecast import Forecast, forecast
 from .loader import BlockLoader, Changed, MovingBlock, cut_of
-from .meter import Meter
+from .meter import Meter, PassTimes
 from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan, make_plan
 from .ring import Ring
@@ -32,6 +32,9 @@ from .store import HostMemory
 from .walk import Walk
 
 Progress = Callable[[int, int], None]
+
+# Compute that takes less than this share of what a plan was made for asks for another plan.
+FAR_LESS = 0.85
 
 
 class Marks(NamedTuple):
@@ -68,6 +71,8 @@ class Session:
         self._costs = CostSheet(parts, device, self.meter, self._loader.packed_bytes)
         self._walk = Walk(range(len(parts.blocks)))
         self._marks: Marks | None = None
+        self._weighed: PassTimes | None = None
+        self._planned_ms: float | None = None
         self._moving: dict[int, MovingBlock] = {}
         self._evicted: set[int] = set()
         self._rings: tuple[Ring, Ring] | None = None
@@ -232,6 +237,7 @@ class Session:
         self._evicted.clear()
         if previous != plan:
             self.meter.begin_plan()
+            self._planned_ms = None
         progress(self.total_bytes, self.total_bytes)
 
     def _load_blocks(
@@ -295,14 +301,21 @@ class Session:
         return self._pipeline
 
     def measure(self) -> bool:
-        """Between passes: take the first times under this plan as soon as there are some; True when it did.
-
-        Waits for the device, once a plan.
+        """Between passes: take the first times under this plan as soon as there are some, waiting for the device; True
+        when it did, and when later ones show that compute takes far less than the plan was made for.
         """
-        if not self.meter.is_due or not self.device.has_clock:
+        if not self.device.has_clock:
             return False
-        self.meter.close_trace(self.device.compute_stream())
-        self.meter.collect(wait=True)
+        if self.meter.is_due:
+            self.meter.close_trace(self.device.compute_stream())
+            self.meter.collect(wait=True)
+        elif self._planned_ms is None or self.meter.best is self._weighed:
+            return False
+        best, self._weighed = self.meter.best, self.meter.best
+        busy_ms = best.busy_ms if best else 0.0
+        if self._planned_ms is not None and busy_ms > FAR_LESS * self._planned_ms:
+            return False
+        self._planned_ms = busy_ms
         return True
 
     def begin_run(self) -> None:

@@ -104,7 +104,7 @@ def _budgets(
         if stream.fitting_bytes is None:
             yield way, settings.budget_bytes(free_bytes, allowed_bytes, way.reserve_bytes)
             continue
-        fitting_bytes = min(stream.fitting_bytes, free_bytes) - least_left(settings)
+        fitting_bytes = min(stream.fitting_bytes, free_bytes - stream.compute_bytes) - least_left(settings)
         if way.is_batch and not stream.is_batch_sure:
             fitting_bytes = min(fitting_bytes, free_bytes - way.reserve_bytes)
         yield way, fitting_bytes

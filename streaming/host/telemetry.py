@@ -50,7 +50,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "copy_ms": times.total_ms("copy_ms"),
         "wait_ms": times.total_ms("wait_ms"),
         "restore_ms": times.total_ms("restore_ms"),
-        "compute_ms": times.total_ms("compute_ms") + times.total_ms("lead_ms") + times.tail_ms,
+        "compute_ms": times.busy_ms,
         "link_bytes_per_s": meter.rates.link * 1000 if meter.rates else None,
         "rungs": rungs_taken(stream.model),
         "moves": asdict(stream.moves),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,6 +220,12 @@ def test_what_a_pass_took_is_measured_and_planned_with(monkeypatch):
     assert all(block.compute_ms > 0 for block in times.blocks.values())
     parts = sum(times.total_ms(part) for part in ("lead_ms", "wait_ms", "restore_ms", "compute_ms")) + times.tail_ms
     assert parts == pytest.approx(times.pass_ms, rel=1e-3)
+    session.meter.best = replace(session.meter.best, tail_ms=session.meter.best.tail_ms + 1e-3)
+    assert not session.measure(), "as long as before"
+    quicker = {index: replace(block, compute_ms=0.1 * block.compute_ms) for index, block in times.blocks.items()}
+    session.meter.best = replace(times, blocks=quicker)
+    assert session.measure() and not session.measure(), "far less than the plan was made for"
+    session.meter.best = times
     forecast = session.expect(session.plan)
     assert 0 < forecast.compute_ms <= 1.001 * (parts - times.total_ms("wait_ms"))
     session.load(session.propose(session.plan.device_bytes + 400_000))
