@@ -18,7 +18,7 @@ from scripts.pack import load_pack
 load_pack()
 
 from layerstream.streaming.engine.forecast import BlockCost, Form, Rates  # noqa: E402
-from layerstream.streaming.engine.plan import make_plan  # noqa: E402
+from layerstream.streaming.engine.planner import make_plan  # noqa: E402
 
 MIB, GIB = 1024**2, 1024**3
 LINK_GIB_S, RESTORE_GIB_S = 50, 1800

@@ -7,7 +7,7 @@ bytes. Nothing here allocates device memory or knows when a block runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -80,17 +80,6 @@ class Weight:
 def ready_to_put(views: Iterable[tuple[Weight, torch.Tensor]]) -> list[tuple[Weight, torch.Tensor]]:
     """Wrap tensors as their sites want them, so that putting them there later costs one dictionary write."""
     return [(weight, tensor if weight.sites[0].is_buffer else as_parameter(tensor)) for weight, tensor in views]
-
-
-class OffloadableBlock(Protocol):
-    """What the runner needs of a block; its `module`'s forward is what the runner brackets."""
-
-    name: str
-    module: torch.nn.Module
-
-    def weight_bytes(self) -> int: ...
-
-    def to_device(self, device: torch.device) -> None: ...
 
 
 class Block:

@@ -60,7 +60,6 @@ __all__ = [
 
 # Either way takes about 60 bytes of scratch an element; batches keep it bounded.
 BATCH_CHUNKS = 256
-SCRATCH_BYTES = 60 * BATCH_CHUNKS * CHUNK
 
 
 class Packer(Protocol):
@@ -88,7 +87,7 @@ class PlainPacker:
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Pack `weight` (bf16 or fp16, any shape) into uint8 [stored_bytes] on its device.
 
-    Raises TypeError for another dtype. Needs at most `SCRATCH_BYTES` of memory besides input and twice the output.
+    Raises TypeError for another dtype. Needs 60 bytes an element of a batch besides input and twice the output.
     """
     if weight.dtype not in PACKABLE:
         raise TypeError(f"only bfloat16 and float16 are packed, not {weight.dtype}")

@@ -26,7 +26,8 @@ from .forecast import Forecast, forecast
 from .loader import BlockLoader, Changed, MovingBlock, cut_of
 from .meter import Meter, PassTimes
 from .pipeline import NoteBound, Pipeline
-from .plan import Packing, Plan, make_plan
+from .plan import Packing, Plan
+from .planner import make_plan
 from .ring import Ring
 from .store import HostMemory
 from .walk import Walk

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream.streaming.engine.forecast import SUSTAINED, BlockCost, Form, Rates, forecast, lay_out
-from layerstream.streaming.engine.plan import BudgetTooSmall, Packing, make_plan
+from layerstream.streaming.engine.plan import BudgetTooSmall, Packing
+from layerstream.streaming.engine.planner import make_plan
 
 MIB = 1024**2
 GIB = 1024**3
@@ -151,9 +152,9 @@ def test_a_thousand_blocks_are_planned_in_fifty_milliseconds():
     ]
     took = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         make_plan(blocks, budget_bytes=8 * GIB, rates=RATES)
-        took.append(time.perf_counter() - begin)
+        took.append(time.process_time() - begin)
     assert min(took) < 0.05
 
 
