@@ -10,16 +10,17 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from bench.contenders import CONTENDERS, STANDARD, with_references
-from bench.spec import StepSpec
+from bench.contenders import CONTENDERS, HOST_REFERENCE, STANDARD, with_references
+from bench.spec import FAMILIES, Picture, StepSpec
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is asked of every case alike."""
     add = parser.add_argument
     add("--contenders", help=f"comma-separated, of: {', '.join(CONTENDERS)}; standard are {', '.join(STANDARD)}")
-    add("--resolution", type=int, default=1024, help="side of the square picture in pixels")
+    add("--resolution", help="side, or WIDTHxHEIGHT[xFRAMES]; what the family's example workflow makes otherwise")
     add("--batch", type=int, default=1)
     add("--steps", type=int, default=6, help="the first two are not timed")
     add("--runs", type=int, default=2, help="prompts in a row; all but the first step are timed in the last")
@@ -53,13 +54,33 @@ def read_contenders(
     return with_references(names)
 
 
-def model_size(arguments: argparse.Namespace) -> str:
+def model_size(arguments: argparse.Namespace) -> Literal["narrow", "full"]:
     """The size of the random model files: narrow ones on the CPU unless something else was asked for."""
     return arguments.size or ("narrow" if arguments.device == "cpu" else "full")
 
 
-def make_spec(arguments: argparse.Namespace, family: str, free_gib: float, cfg: float) -> StepSpec:
-    """What is asked for, checked, without the model file's path. Raises ValueError and HostError."""
+def read_picture(text: str | None, family: str) -> Picture:
+    """`1024`, `832x480` or `832x480x33` in pixels and frames, and the family's own where nothing is said.
+
+    Raises ValueError when it is anything else.
+    """
+    own = FAMILIES[family].picture
+    if text is None:
+        return own
+    match = re.fullmatch(r"(\d+)(?:x(\d+)(?:x(\d+))?)?", text)
+    if match is None:
+        raise ValueError(f"resolution `{text}` is no side and not WIDTHxHEIGHT[xFRAMES]")
+    width, height, frames = match.groups()
+    return Picture(int(width), int(height or width), int(frames or own.frames))
+
+
+def make_spec(arguments: argparse.Namespace, family: str, free_gib: float | None, cfg: float) -> StepSpec:
+    """What is asked for, checked, without the model file's path; no `free_gib` is half of the model.
+
+    Raises ValueError and HostError.
+    """
+    if free_gib is None and HOST_REFERENCE not in arguments.contenders:
+        raise ValueError(f"half of a model is known once it ran resident: name {HOST_REFERENCE} among the contenders")
     return StepSpec(
         family=family,
         size=model_size(arguments),
@@ -67,7 +88,8 @@ def make_spec(arguments: argparse.Namespace, family: str, free_gib: float, cfg: 
         host_path=str(find_host_path(arguments.host)),
         checkpoint_path="",
         free_gib=free_gib,
-        resolution=arguments.resolution,
+        picture=read_picture(arguments.resolution, family),
+        is_half=free_gib is None,
         batch=arguments.batch,
         cfg=cfg,
         steps=arguments.steps,

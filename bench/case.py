@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.child import ROOT
+from bench.child import ROOT, ChildError
+from bench.contenders import HOST_REFERENCE
 from bench.contest import run_contenders
+from bench.half import half_free_gib
 from bench.machine import Checkpoint
 from bench.results import Row, even_spread_floor_s, link_floor_s, make_result, write_result
 from bench.spec import GIB, StepSpec
@@ -26,11 +28,16 @@ def measure_case(
 ) -> dict[str, Any]:
     """Run the contenders that `arguments` name, print what they took, and write and return the result."""
     spec = dataclasses.replace(spec, checkpoint_path=checkpoint.path)
+    names, rows = list(arguments.contenders), []
     print_ceiling(spec, machine, checkpoint.bytes)
     with tempfile.TemporaryDirectory(prefix="layerstream-bench-") as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = run_contenders(arguments.contenders, spec, folder, arguments.timeout_s)
+        if spec.free_gib is None:
+            first = names.index(HOST_REFERENCE) + 1
+            rows, names = run_contenders(names[:first], spec, folder, arguments.timeout_s), names[first:]
+            spec = with_half_free(spec, checkpoint, rows[-1])
+        rows = run_contenders(names, spec, folder, arguments.timeout_s, before=rows)
     result = result_of(spec, machine, checkpoint, rows)
     print("\n" + format_table(rows))
     print_share(rows, result["floor_s"])
@@ -38,8 +45,18 @@ def measure_case(
     return result
 
 
+def with_half_free(spec: StepSpec, checkpoint: Checkpoint, resident: Row) -> StepSpec:
+    """The spec with the memory that leaves room for half of the model. Raises ChildError when `resident` failed."""
+    if "error" in resident:
+        raise ChildError(f"{spec.family}: half of the model is not known without the resident run: {resident['error']}")
+    free_gib = half_free_gib(checkpoint, resident)
+    print(f"half of the model: {free_gib:g} GiB free on the card", flush=True)
+    return dataclasses.replace(spec, free_gib=free_gib)
+
+
 def result_of(spec: StepSpec, machine: dict[str, Any], checkpoint: Checkpoint, rows: list[Row]) -> dict[str, Any]:
-    """One JSON object: what was measured where, of which versions, and what it took."""
+    """One JSON object: what was measured where, of which versions, and what it took. The free memory is known."""
+    assert spec.free_gib is not None
     finished = [row for row in rows if "error" not in row]
     now = datetime.datetime.now(datetime.timezone.utc)
     return make_result(
@@ -67,9 +84,10 @@ def print_ceiling(spec: StepSpec, machine: dict[str, Any], weight_bytes: int) ->
     memory = f", {machine['device_gib']} GiB" if machine["device_gib"] else ""
     guided = f", cfg {spec.cfg:g}" if spec.cfg > 1 else ""
     print(f"{machine['device']}{memory}; RAM {machine['ram_gib']} GiB; torch {machine['torch']}")
-    print(f"{spec.family}{guided}: {weight_bytes / GIB:.2f} GiB of weights, {spec.free_gib:g} GiB free on the card")
+    free = "room for half of them" if spec.free_gib is None else f"{spec.free_gib:g} GiB free"
+    print(f"{spec.family}, {spec.picture}{guided}: {weight_bytes / GIB:.2f} GiB of weights, {free} on the card")
     rate = machine["link_gib_s"]
-    if rate is not None:
+    if rate is not None and spec.free_gib is not None:
         least_s = link_floor_s(weight_bytes, spec.free_gib, rate)
         print(f"link: {rate:.1f} GiB/s ({rate * GIB / 1e9:.1f} GB/s), so at least {least_s:.4f} s/step of raw copies")
     print(flush=True)

@@ -1,8 +1,8 @@
 """The model file that all contenders load: random weights of a family's real size, written once and kept in a cache.
 
-`python -m bench.checkpoint --family zimage --cache DIR` writes it unless it is there, brings it into the page cache so
-that no contender pays for the disk, and prints one JSON line. Parents run it as a child, because drawing the weights
-on the card leaves a CUDA context behind.
+`python -m bench.checkpoint --family zimage --cache DIR --host COMFYUI` writes it unless it is there, brings it into
+the page cache so that no contender pays for the disk, and prints one JSON line. Parents run it as a child, because
+drawing the weights on the card leaves a CUDA context behind.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from typing import TYPE_CHECKING
 from bench.spec import FAMILIES
 
 if TYPE_CHECKING:
-    from scripts.checkpoints import Family, Size
+    from scripts.checkpoints import Size
 
 READ_BYTES = 64 * 1024**2
 READERS = 4  # one reader leaves most of the memory's bandwidth unused
 SEED = 0
 
 
-def ensure_checkpoint(family: Family, size: Size, cache: Path, device: str) -> Path:
-    """Return the path of `family`'s file in `cache`, written first when it is missing."""
-    from scripts.checkpoints import DTYPES, write_diffusion_model
+def ensure_checkpoint(family: str, size: Size, cache: Path, device: str, host_path: Path) -> Path:
+    """Return the path of `family`'s file in `cache`, written first when it is missing.
 
-    dtype = str(DTYPES[family]).removeprefix("torch.")
-    path = cache / f"{family}-{size}-{dtype}-seed{SEED}.safetensors"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        write_diffusion_model(family, path, size=size, seed=SEED, device=device)
-    return path
+    Opens the host in this process where the file's tensors are known from its classes.
+    """
+    from scripts.hosts import open_host, read_host
+    from scripts.published import ensure_file, needs_host
+
+    if needs_host(family):
+        # Its classes are built without values: the card is left to the drawing.
+        open_host(read_host(host_path), "--cpu")
+    return ensure_file(family, size, cache, seed=SEED, device=device)
 
 
 def read_through(path: Path) -> int:
@@ -74,9 +76,10 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "narrow"), default="full")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--host", type=Path, required=True, help="the ComfyUI tree whose classes say what is in a file")
     parser.add_argument("--file", type=Path, help="use this model file and write none")
-    arguments = parser.parse_args()
-    path = arguments.file or ensure_checkpoint(arguments.family, arguments.size, arguments.cache, arguments.device)
+    asked = parser.parse_args()
+    path = asked.file or ensure_checkpoint(asked.family, asked.size, asked.cache, asked.device, asked.host)
     print(json.dumps({"path": str(path.resolve()), "bytes": read_through(path)}))
 
 

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
+from bench.denoisers import DENOISERS
 from bench.diffusers_contenders import measure_group_offload, measure_mmgp, measure_resident
 from bench.host_contenders import measure_dynamic, measure_layerstream, measure_stock
 from bench.hosting import has_dynamic_vram
@@ -56,6 +57,8 @@ def missing_reason(name: str, spec: StepSpec) -> str | None:
         return "not in this host"
     if name in ("dynamic", "mmgp") and spec.device == "cpu":
         return "it needs a CUDA device"
+    if CONTENDERS[name].reference == DIFFUSERS_REFERENCE and spec.family not in DENOISERS:
+        return f"no denoiser of diffusers is described for {spec.family}"
     absent = [package for package in CONTENDERS[name].packages if importlib.util.find_spec(package) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"

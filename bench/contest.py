@@ -16,12 +16,15 @@ from bench.results import Row, add_comparison, add_peak
 from bench.spec import StepSpec
 
 
-def run_contenders(names: Sequence[str], spec: StepSpec, folder: Path, timeout_s: float) -> list[Row]:
-    """Run `names` in order, files and logs in `folder`, at most `timeout_s` each.
+def run_contenders(
+    names: Sequence[str], spec: StepSpec, folder: Path, timeout_s: float, *, before: Sequence[Row] = ()
+) -> list[Row]:
+    """Run `names` in order, files and logs in `folder`, at most `timeout_s` each, and give their rows after `before`.
 
-    Put a reference before those that are compared with it: rows before it have nothing to be compared with.
+    Put a reference before those that are compared with it: rows before it have nothing to be compared with. Rows of an
+    earlier call come in `before`, their files in the same folder.
     """
-    rows: list[Row] = []
+    rows = list(before)
     # One holder serves neighbours that want the same free memory: filling a large card takes seconds.
     holder: CardHolder | None = None
     try:
@@ -53,7 +56,8 @@ def run_contenders(names: Sequence[str], spec: StepSpec, folder: Path, timeout_s
 def _run_contender(name: str, spec: StepSpec, folder: Path, holder: CardHolder | None, timeout_s: float) -> Row:
     spec_path = folder / "spec.json"
     spec.write(spec_path)
-    environment = {"LAYERSTREAM_SIMULATE_GIB": str(spec.free_gib)} if spec.device == "cpu" else {}
+    is_simulated = spec.device == "cpu" and not CONTENDERS[name].whole_card
+    environment = {"LAYERSTREAM_SIMULATE_GIB": str(spec.free_gib)} if is_simulated else {}
     try:
         before = None if holder is None else holder.wait_for_return()
         row = run_child(

@@ -17,7 +17,6 @@ from bench.spec import StepSpec
 if TYPE_CHECKING:
     import torch
 
-LATENT_DOWNSCALE = 8
 PATCH = 2
 GAIN_SPREAD, BIAS_SPREAD = 0.1, 0.05
 SDXL_SIZES = (1024, 1024, 0, 0, 1024, 1024)
@@ -83,9 +82,9 @@ def random_latent(denoiser: Denoiser, spec: StepSpec) -> torch.Tensor:
     """float32 noise (batch, channels, height, width) on the spec's device, the same on every card."""
     import torch
 
-    side = spec.resolution // LATENT_DOWNSCALE
+    _, height, width = spec.latent_size()
     generator = torch.Generator("cpu").manual_seed(spec.seed)
-    shape = (spec.batch, denoiser.channels, side, side)
+    shape = (spec.batch, denoiser.channels, height, width)
     return torch.randn(shape, generator=generator, device="cpu").to(spec.device)
 
 

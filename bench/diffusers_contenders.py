@@ -60,6 +60,7 @@ def _offload_groups(model: Any, spec: StepSpec) -> dict[str, Any]:
 def _offload_mmgp(model: Any, spec: StepSpec) -> dict[str, Any]:
     from mmgp import offload, profile_type
 
+    assert spec.free_gib is not None
     budget_mib = int((spec.free_gib - MMGP_RESERVE_GIB) * GIB / MIB)
     # It looks for the denoiser under this name, whatever its kind.
     offload.profile(

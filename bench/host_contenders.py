@@ -1,7 +1,7 @@
 """The ways to run a model inside ComfyUI: its own loaders and memory management, and LayerStream on top of them.
 
-In: a spec. Out: `Measured`. Each function opens its host in this process and samples under inference mode, as the
-host's nodes do.
+In: a spec. Out: `Measured`. `measure_*` start the host in this process first, `run_*` need it open. All sample under
+inference mode, as the host's nodes do.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.hosting import has_dynamic_vram, start_host
@@ -29,27 +30,41 @@ Opened = Callable[[], Prepared]
 
 def measure_stock(spec: StepSpec) -> Measured:
     """The host alone with DynamicVRAM off: what it does depends on the memory that it finds."""
-    return _measure(spec, _open_stock, is_dynamic=False)
+    _start(spec, is_dynamic=False)
+    return run_stock(spec)
 
 
 def measure_dynamic(spec: StepSpec) -> Measured:
     """The host alone with DynamicVRAM on."""
-    return _measure(spec, _open_stock, is_dynamic=True)
+    _start(spec, is_dynamic=True)
+    return run_stock(spec)
 
 
 def measure_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:
     """LayerStream's patcher around whatever patcher the host made; `packing` as its settings name it."""
-    is_dynamic = spec.layerstream_dynamic and has_dynamic_vram(spec.host_path)
-    return _measure(spec, lambda spec: _open_layerstream(spec, packing), is_dynamic=is_dynamic, is_traced=spec.trace)
+    _start(spec, is_dynamic=spec.layerstream_dynamic and has_dynamic_vram(spec.host_path))
+    return run_layerstream(spec, packing)
 
 
-def _measure(
-    spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_dynamic: bool, is_traced: bool = False
-) -> Measured:
-    host_version = start_host(spec.host_path, device=spec.device, dynamic=is_dynamic)
+def run_stock(spec: StepSpec) -> Measured:
+    """The open host alone."""
+    return _run(spec, _open_stock)
+
+
+def run_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:
+    """LayerStream in the open host."""
+    return _run(spec, lambda spec: _open_layerstream(spec, packing), is_traced=spec.trace)
+
+
+def _start(spec: StepSpec, *, is_dynamic: bool) -> None:
+    start_host(spec.host_path, device=spec.device, dynamic=is_dynamic)
+
+
+def _run(spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_traced: bool = False) -> Measured:
     import torch
 
     from bench.sampling import sample
+    from scripts.hosts import read_host
 
     # The host executes every node, loaders too, under inference mode.
     with torch.inference_mode():
@@ -63,7 +78,7 @@ def _measure(
     facts = {
         "patcher": type(prepared.model).__name__,
         "dtype": str(prepared.model.model.get_dtype()).removeprefix("torch."),
-        "comfyui": host_version,
+        "comfyui": read_host(Path(spec.host_path)).version,
     }
     return Measured(run, prepare_s, residency, facts, trace)
 

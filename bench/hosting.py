@@ -29,7 +29,8 @@ def start_host(host_path: str, *, device: str, dynamic: bool) -> str:
 
     assert "torch" not in sys.modules, "torch's allocator is chosen when it is imported: start the host first"
     dynamic = dynamic and device == "cuda"
-    arguments = ["--cpu"] if device == "cpu" else []
+    # On a processor weights keep the width that they have in the file, as on a card.
+    arguments = ["--cpu", "--bf16-unet"] if device == "cpu" else []
     if not dynamic and has_dynamic_vram(host_path):
         arguments.append(DYNAMIC_VRAM_FLAG)
     host = read_host(Path(host_path))

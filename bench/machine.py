@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.arguments import model_size
+from bench.arguments import find_host_path, model_size
 from bench.child import run_child
 
 WRITE_TIMEOUT_S = 900.0
@@ -32,7 +32,7 @@ def find_machine(arguments: argparse.Namespace) -> dict:
 def find_checkpoint(arguments: argparse.Namespace, family: str, file: Path | None = None) -> Checkpoint:
     """The family's model file, which is written first when it is not there, or `file`; it is in the page cache then."""
     options = ["--family", family, "--size", model_size(arguments), "--cache", str(arguments.cache)]
-    options += ["--device", arguments.device]
+    options += ["--device", arguments.device, "--host", str(find_host_path(arguments.host))]
     if file is not None:
         options += ["--file", str(file)]
     found = run_child("checkpoint", options, timeout_s=WRITE_TIMEOUT_S)

@@ -1,9 +1,11 @@
 """Many cases one after the other on one machine: each case as `bench.step` measures it, then one table and a picture.
 
-    python -m bench.matrix --cases zimage:8,zimage:4,flux:12,sdxl:3:7
+    python -m bench.matrix --cases zimage:8,zimage:half,flux:12,sdxl:3:7
 
-A case is family:free_gib[:cfg]. Every result is written as soon as it is there, so that a run that is stopped loses
-one case. The machine is described once, and each family's model file is written once.
+A case is family:free_gib[:cfg], where `half` in place of GiB leaves room for half of the model (`bench.half`). Every
+result is written as soon as it is there, so that a run that is stopped loses one case. The machine is described once,
+and each family's model file is written once. Ends with status 1 when a contender that was asked for gave no time,
+other bits, or bits that prove nothing.
 """
 
 from __future__ import annotations
@@ -18,28 +20,30 @@ from typing import Any, NamedTuple
 from bench.arguments import add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
 from bench.child import ChildError
+from bench.half import read_free
 from bench.machine import Checkpoint, find_checkpoint, find_machine
-from bench.results import brief
-from bench.spec import FAMILIES, StepSpec
+from bench.results import brief, lacks
+from bench.room import check_room
+from bench.spec import FAMILIES, HALF, StepSpec
 
 PICTURE = "matrix.svg"
 
 
 class Case(NamedTuple):
     family: str
-    free_gib: float
+    free_gib: float | None
     cfg: float
 
 
 def read_case(text: str) -> Case:
-    """Read `family:free_gib[:cfg]`. Raises ValueError when it is anything else."""
+    """Read `family:free_gib[:cfg]`, None for half of the model. Raises ValueError when it is anything else."""
     family, *numbers = text.split(":")
     if family not in FAMILIES:
         raise ValueError(f"case `{text}` names no family: choose one of {', '.join(FAMILIES)}")
     if not 1 <= len(numbers) <= 2:
         raise ValueError(f"case `{text}` is not family:free_gib[:cfg]")
-    free_gib, cfg = [*map(float, numbers), 1.0][:2]
-    return Case(family, free_gib, cfg)
+    free, cfg = [*numbers, "1"][:2]
+    return Case(family, read_free(free), float(cfg))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,6 +66,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     begin, longest_s = time.monotonic(), 0.0
     cases = [read_case(text) for text in arguments.cases.split(",")]
     specs = [make_spec(arguments, *case) for case in cases]  # all are checked before the first is run
+    check_room(arguments, [case.family for case in cases], are_deleted=arguments.delete_checkpoints)
     machine = find_machine(arguments)
     files: dict[str, Checkpoint] = {}
     results: list[dict[str, Any]] = []
@@ -82,7 +87,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _name(spec: StepSpec) -> str:
     guided = f":{spec.cfg:g}" if spec.cfg > 1 else ""
-    return f"{spec.family}:{spec.free_gib:g}{guided}"
+    return f"{spec.family}:{HALF if spec.free_gib is None else f'{spec.free_gib:g}'}{guided}"
 
 
 def main() -> None:
@@ -92,10 +97,15 @@ def main() -> None:
     try:
         arguments = parse_arguments()
         results = run(arguments)
-        if results:
-            print(table(results))
-            (arguments.results / PICTURE).write_text(picture(results), encoding="utf-8")
-            print(json.dumps({"cases": [brief(result) for result in results]}), flush=True)
+        if not results:
+            return
+        print(table(results))
+        (arguments.results / PICTURE).write_text(picture(results), encoding="utf-8")
+        wanting = [f"{result['family']}:{result['free_asked']}: {lack}" for result in results for lack in lacks(result)]
+        print(*wanting, sep="\n", file=sys.stderr, flush=True)
+        print(json.dumps({"cases": [brief(result) for result in results], "wanting": wanting}), flush=True)
+        if wanting:
+            sys.exit(1)
     except (ChildError, HostError, ValueError) as error:
         raise SystemExit(f"bench.matrix: {error}") from error
 

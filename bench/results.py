@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.spec import GIB, StepSpec
+from bench.spec import GIB, HALF, StepSpec
 
 Row = dict[str, Any]
 """One contender: what `bench.worker` returns and what is added here, or its name, whether it `ran`, and its `error`."""
@@ -70,7 +70,8 @@ def make_result(spec: StepSpec, machine: Mapping[str, Any], **entries: Any) -> d
         "family": spec.family,
         "size": spec.size,
         "free_gib": spec.free_gib,
-        "resolution": spec.resolution,
+        "free_asked": HALF if spec.is_half else f"{spec.free_gib:g}",
+        "resolution": str(spec.picture),
         "batch": spec.batch,
         "cfg": spec.cfg,
         "steps": spec.steps,
@@ -85,6 +86,19 @@ def make_result(spec: StepSpec, machine: Mapping[str, Any], **entries: Any) -> d
         "link_gib_s": machine["link_gib_s"],
         **entries,
     }
+
+
+def lacks(result: Mapping[str, Any]) -> list[str]:
+    """What keeps `result` from showing what it was made for: each contender without a time or without equal bits."""
+    found = []
+    for row in result["contenders"]:
+        if "error" in row:
+            found.append(f"{row['name']} has no time: {row['error'].splitlines()[-1]}")
+        elif row["bit_equal"] is False:
+            found.append(f"{row['name']} has other bits than its reference")
+        elif not row["latent_is_finite"]:
+            found.append(f"{row['name']} gives NaN or infinity")
+    return found
 
 
 BRIEF_KEYS = (

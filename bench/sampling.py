@@ -14,8 +14,6 @@ from bench.checkpoint import last_axis
 from bench.measured import SamplingRun
 from bench.spec import SAMPLER, SCHEDULER, StepSpec
 
-LATENT_DOWNSCALE = 8
-
 
 class StepClock:
     """Host times at the ends of steps, each taken after the device has caught up."""
@@ -53,7 +51,8 @@ class CallCounter:
 
 
 def random_conditioning(spec: StepSpec, seed: int) -> list:
-    """Random text of the family's width and a prompt's usual length, in the host's form for conditioning."""
+    """Random text of the family's width and a prompt's usual length, in the host's form for conditioning, with
+    whatever else the family's model is given."""
     import torch
 
     text = spec.text
@@ -64,23 +63,37 @@ def random_conditioning(spec: StepSpec, seed: int) -> list:
         extra["pooled_output"] = torch.randn(1, width, generator=generator)
     if text.guidance is not None:
         extra["guidance"] = text.guidance
+    if text.is_masked:
+        extra["attention_mask"] = torch.ones(1, text.tokens, dtype=torch.long)
     width = last_axis(spec.checkpoint_path, text.width_tensor)
-    return [[torch.randn(1, text.tokens, width, generator=generator), extra]]
+    tokens = torch.randn(1, text.tokens, width, generator=generator)
+    for name, latent in spec.inputs.latents.items():
+        sides = (spec.picture.height // latent.downscale, spec.picture.width // latent.downscale)
+        extra[name] = torch.randn(1, latent.channels, *sides, generator=generator)
+    return [[tokens, extra]]
+
+
+def empty_latent(model, spec: StepSpec):
+    """Zeros (batch, channels, height, width), with frames before the height where the model's format has them."""
+    import torch
+
+    latent_format = model.get_model_object("latent_format")
+    frames, height, width = spec.latent_size()
+    sides = (frames, height, width) if latent_format.latent_dimensions == 3 else (height, width)
+    return torch.zeros(spec.batch, latent_format.latent_channels, *sides)
 
 
 def sample(model, spec: StepSpec, after_step: Callable[[], None] | None = None) -> SamplingRun:
-    """Sample `spec.steps` steps from an empty latent of the spec's resolution and time them.
+    """Sample `spec.steps` steps from an empty latent of the spec's picture and time them.
 
     `after_step` is called at the end of every step; what it takes counts to the next one.
     """
     import comfy.patcher_extension
     import comfy.sample
-    import torch
 
     counter = CallCounter()
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "layerstream_bench", counter)
-    side = spec.resolution // LATENT_DOWNSCALE
-    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(spec.batch, 4, side, side))
+    latent = empty_latent(model, spec)
     noise = comfy.sample.prepare_noise(latent, spec.seed)
     positive, negative = random_conditioning(spec, spec.seed + 1), random_conditioning(spec, spec.seed + 2)
 

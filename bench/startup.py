@@ -23,6 +23,7 @@ from bench.child import ChildError
 from bench.contest import run_contenders
 from bench.machine import find_checkpoint, find_machine
 from bench.results import Row, write_result
+from bench.room import check_room
 from bench.spec import FAMILIES, GIB, WARMUP_STEPS
 
 STARTED = ("dynamic", "lowvram", "layerstream")
@@ -77,12 +78,13 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write what `arguments` ask for."""
     spec = make_spec(arguments, arguments.family, arguments.free_gib, arguments.cfg)
+    check_room(arguments, [arguments.family])
     machine = find_machine(arguments)
     checkpoint = find_checkpoint(arguments, arguments.family)
     spec = dataclasses.replace(spec, checkpoint_path=checkpoint.path)
     print(f"{machine['device']}: {spec.family}, {checkpoint.bytes / GIB:.2f} GiB, {spec.free_gib:g} GiB free")
     if machine["link_gib_s"] is not None:
-        fill_s = min(checkpoint.bytes / GIB, spec.free_gib) / machine["link_gib_s"]
+        fill_s = min(checkpoint.bytes / GIB, arguments.free_gib) / machine["link_gib_s"]
         print(f"filling the free memory takes {fill_s:.2f} s at the link's {machine['link_gib_s']:.1f} GiB/s\n")
     with tempfile.TemporaryDirectory(prefix="layerstream-bench-") as temporary:
         folder = arguments.keep or Path(temporary)

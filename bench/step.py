@@ -2,6 +2,7 @@
 
     python -m bench.step --family zimage --free-gib 8
 
+`--free-gib half` leaves room for half of the model, as `bench.half` says.
 Prints the machine and the floor first, then a table, and ends with one line of JSON; the whole result is written to
 `bench/results/`. Contenders and inputs are in `bench.contenders` and `bench.sampling`; `bench.matrix` runs many cases.
 """
@@ -16,15 +17,19 @@ from pathlib import Path
 from bench.arguments import add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
 from bench.child import ChildError
+from bench.half import read_free
 from bench.machine import find_checkpoint, find_machine
 from bench.results import brief
+from bench.room import check_room
 from bench.spec import FAMILIES
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=tuple(FAMILIES), required=True)
-    parser.add_argument("--free-gib", type=float, required=True, help="GiB that the card has free for a contender")
+    parser.add_argument(
+        "--free-gib", type=read_free, required=True, help="GiB that the card has free for a contender, or `half`"
+    )
     parser.add_argument("--cfg", type=float, default=1.0, help="above 1 the model runs for a negative prompt too")
     parser.add_argument("--checkpoint", type=Path, help="a model file of the family instead of random weights")
     add_shared_arguments(parser)
@@ -38,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     spec = make_spec(arguments, arguments.family, arguments.free_gib, arguments.cfg)
     if arguments.checkpoint is not None:
         spec = dataclasses.replace(spec, size=arguments.checkpoint.name)
+    else:
+        check_room(arguments, [arguments.family])
     machine = find_machine(arguments)
     checkpoint = find_checkpoint(arguments, arguments.family, arguments.checkpoint)
     result = measure_case(spec, arguments, machine, checkpoint)

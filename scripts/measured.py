@@ -36,7 +36,21 @@ WAYS = (
     Way("mmgp", "mmgp", "#bf3989", is_apart=True),
 )
 OWN = "layerstream"
-NAMES = {"zimage": "Z-Image", "flux": "FLUX.1", "qwen-image": "Qwen-Image", "sdxl": "SDXL"}
+NAMES = {
+    "zimage": "Z-Image",
+    "flux": "FLUX.1",
+    "flux2": "FLUX.2 Klein 4B",
+    "flux2-dev": "FLUX.2 dev",
+    "qwen-image": "Qwen-Image",
+    "sd35-large": "SD3.5 large",
+    "ltx": "LTX Video 2B",
+    "sdxl": "SDXL",
+    "sd15": "SD1.5",
+    "cascade-b": "Stable Cascade, stage B",
+    "cascade-c": "Stable Cascade, stage C",
+    "wan21-14b": "WAN 2.1 14B",
+}
+USUAL_RESOLUTION = "1024x1024"
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -52,8 +66,9 @@ def newest(results: Sequence[Result]) -> list[Result]:
     """
     cases: dict[tuple[Any, ...], Result] = {}
     for result in results:
-        case = tuple(result[key] for key in ("family", "size", "free_gib", "cfg", "resolution", "batch"))
-        case += (result["machine"]["device"],)
+        case = tuple(result[key] for key in ("family", "size", "cfg", "batch"))
+        # What half of a model comes to differs a little from run to run.
+        case += (result.get("free_asked", f"{result['free_gib']:g}"), _resolution(result), result["machine"]["device"])
         before = cases.get(case)
         newer, older = (before, result) if before and OWN not in _rows(result) else (result, before)
         assert newer is not None
@@ -67,7 +82,7 @@ def table(results: Sequence[Result]) -> str:
     heads = ["model", "free", *(f"**{way.title}**" if way.name == OWN else way.title for way in shown), "date"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in results:
-        cells = [_model(result), f"{result['free_gib']:g} GiB"]
+        cells = [_model(result), _free(result)]
         for way in shown:
             note = _note(way, _rows(result).get(way.name))
             cells.append(f"**{note}**" if way.name == OWN else note)
@@ -88,7 +103,7 @@ def picture(results: Sequence[Result]) -> str:
             for way in WAYS
             if way.name in rows and "error" not in rows[way.name]
         ]
-        groups.append(Group(f"{_model(result)}, {result['free_gib']:g} GiB free on the card", bars))
+        groups.append(Group(f"{_model(result)}, {_free(result)} free on the card", bars))
     return bar_chart("Seconds a denoising step, less is better (ratio to everything on the card)", groups)
 
 
@@ -102,8 +117,23 @@ def _with_ways_of(newer: Result, older: Result) -> Result:
 
 
 def _model(result: Result) -> str:
-    guided = f", cfg {result['cfg']:g}" if result["cfg"] > 1 else ""
-    return f"{NAMES.get(result['family'], result['family'])} ({result['weights_gib']:.1f} GiB{guided})"
+    said = [f"{result['weights_gib']:.1f} GiB"]
+    if _resolution(result) != USUAL_RESOLUTION:
+        said.append(_resolution(result))
+    if result["cfg"] > 1:
+        said.append(f"cfg {result['cfg']:g}")
+    return f"{NAMES.get(result['family'], result['family'])} ({', '.join(said)})"
+
+
+def _free(result: Result) -> str:
+    is_half = result.get("free_asked") == "half"
+    return f"{result['free_gib']:.1f} GiB (half)" if is_half else f"{result['free_gib']:g} GiB"
+
+
+def _resolution(result: Result) -> str:
+    """Width and height, and frames of a video; older results give one side."""
+    resolution = result["resolution"]
+    return resolution if isinstance(resolution, str) else f"{resolution}x{resolution}"
 
 
 def _note(way: Way, row: dict[str, Any] | None) -> str:

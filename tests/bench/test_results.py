@@ -47,6 +47,17 @@ def test_cases_that_differ_are_kept_apart() -> None:
     assert [(case["free_gib"], case["cfg"]) for case in cases] == [(8.0, 1.0), (8.0, 7.0), (4.0, 1.0)]
 
 
+def test_half_of_a_model_is_one_case_whatever_it_came_to() -> None:
+    older = {**OLD, "free_gib": 7.281, "free_asked": "half", "resolution": "832x480x33"}
+    newer = {**NEW, "free_gib": 7.294, "free_asked": "half", "resolution": "832x480x33"}
+    (case,) = newest([older, newer])
+    assert case["free_gib"] == 7.294
+    line = table([case]).splitlines()[-1]
+    assert "| Z-Image (11.5 GiB, 832x480x33) | 7.3 GiB (half) |" in line
+    # One side and both sides of a square picture are the same case.
+    assert len(newest([OLD, {**NEW, "resolution": "1024x1024", "free_asked": "8"}])) == 1
+
+
 def test_the_table_gives_times_and_ratios_and_says_when_bits_differ() -> None:
     other = row("lowvram", 0.25, 2.5) | {"bit_equal": False}
     failed = {"name": "dynamic", "ran": True, "error": "out of memory"}
@@ -73,6 +84,7 @@ def test_the_picture_is_well_formed_and_has_a_bar_for_each_time() -> None:
 def test_a_case_reads_as_family_memory_and_guidance() -> None:
     assert read_case("zimage:8") == Case("zimage", 8.0, 1.0)
     assert read_case("sdxl:2.5:7") == Case("sdxl", 2.5, 7.0)
+    assert read_case("wan21-14b:half:6") == Case("wan21-14b", None, 6.0)
     for text in ("zimage", "unknown:8", "flux:8:1:1", "flux:much"):
         with pytest.raises(ValueError):
             read_case(text)
