@@ -102,7 +102,8 @@ def main() -> None:
         print(table(results))
         (arguments.results / PICTURE).write_text(picture(results), encoding="utf-8")
         wanting = [f"{result['family']}:{result['free_asked']}: {lack}" for result in results for lack in lacks(result)]
-        print(*wanting, sep="\n", file=sys.stderr, flush=True)
+        for line in wanting:
+            print(line, file=sys.stderr, flush=True)
         print(json.dumps({"cases": [brief(result) for result in results], "wanting": wanting}), flush=True)
         if wanting:
             sys.exit(1)

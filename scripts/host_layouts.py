@@ -1,7 +1,8 @@
 """The tensors of model files as the open ComfyUI's own classes have them: diffusion models, checkpoints, autoencoders.
 
 In: a name of `model_configurations` and settings that make it narrow. Out: what `random_file` writes. Keys are those
-under which ComfyUI itself saves, which are the published ones, so that its own detection and loaders take the file.
+under which ComfyUI itself saves, so that its own detection and loaders take the file; they are the published ones but
+for FLUX.2's norms in newer hosts, which `published` renames.
 A host must be open (`hosts.open_host`) before anything here is called; nothing here holds values.
 """
 

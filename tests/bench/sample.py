@@ -2,8 +2,8 @@
 
     python tests/bench/sample.py COMFYUI FAMILY ...
 
-Inputs and ways are the benchmark's own, with a shorter text; the card is simulated, with room for about half of each model.
-Run in a process of its own: two hosts never share one.
+Inputs and ways are the benchmark's own, with a shorter text; the card is simulated, with room for about half of each
+model. Run in a process of its own: two hosts never share one.
 """
 
 import gc

@@ -69,6 +69,35 @@ def test_a_narrow_family_streams_with_the_resident_runs_bits(sampled: Any, host:
     assert len(run["shape"]) == (5 if FAMILIES[family].frame_downscale > 1 or family == "qwen-image" else 4)
 
 
+@pytest.mark.skipif(not found_hosts(), reason="no ComfyUI found")
+def test_a_case_of_half_a_model_runs_every_contender_of_a_processor(tmp_path: Path) -> None:
+    """The whole way: the file written, contenders in processes of their own, the result as a file."""
+    command = [sys.executable, "-m", "bench.matrix", "--cases", "wan21-14b:half", "--device", "cpu"]
+    command += [
+        "--contenders",
+        "resident,lowvram,layerstream",
+        "--steps",
+        "3",
+        "--runs",
+        "1",
+        "--resolution",
+        "64x64x5",
+    ]
+    command += ["--cache", str(tmp_path / "files"), "--results", str(tmp_path / "results"), "--delete-checkpoints"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "results").glob("*.json")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert (result["free_asked"], result["resolution"]) == ("half", "64x64x5")
+    assert 0.5 * result["weights_gib"] < result["free_gib"] < 3 * result["weights_gib"]
+    assert [(row["name"], row["bit_equal"]) for row in result["contenders"]] == [
+        ("resident", True),
+        ("lowvram", True),
+        ("layerstream", True),
+    ]
+    assert not list((tmp_path / "files").iterdir())
+
+
 def spec(family: str = "zimage", **values: Any) -> StepSpec:
     given = {
         "family": family,
