@@ -10,8 +10,6 @@ is 0 for bf16, which has no instruction for them then, and 3 for fp16.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +17,7 @@ import triton.language as tl
 from .packing_bits import count_bits, flipped, fours, lane_counts, lane_moves, lane_reach, spread
 from .packing_encode import encode
 from .packing_format import COLUMNS, HEADER_BYTES, QUAD, Layout
+from .triton_launch import Launcher, variant_of
 
 # One warp a chunk and four columns a thread, so that no warp waits for another. An H200 then makes 1.94 to 2.02 TB/s of
 # bf16, of the 2.06 that its loads and stores allow without any decoding; with four warps it makes 1.75 to 1.86.
@@ -180,10 +179,7 @@ class TritonPacker:
     """The packer of CUDA devices."""
 
     def __init__(self) -> None:
-        # At each launch Triton works out anew which variant of a kernel its arguments need, for 0.1 ms of the host's
-        # time in the midst of a model; so variants are kept here, and launched themselves.
-        self._variants: dict[tuple[object, ...], Any] = {}
-        self._can_launch_variants = True
+        self._decode = Launcher(decode_kernel, num_warps=DECODE_WARPS)
 
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Pack `raw` (uint8 over patterns of `dtype`, whole quads) into `room`; waits for the device once.
@@ -206,21 +202,5 @@ class TritonPacker:
             return
         numbers = layout.fractions, layout.planes, layout.runs
         arguments = (packed, *numbers, out, quads, layout.words, HEADER_BYTES, COLUMNS, layout.format.low_bits)
-        key = (packed.device, layout.format.low_bits, *map(_variant, numbers), _variant(quads), layout.words >> 31)
-        variant = self._variants.get(key)
-        if variant is None or not self._launch(variant, layout.chunks, arguments):
-            self._variants[key] = decode_kernel[(layout.chunks,)](*arguments, num_warps=DECODE_WARPS)
-
-    def _launch(self, variant: Any, chunks: int, arguments: tuple[object, ...]) -> bool:
-        """Launch a compiled variant; False where this version of Triton wants other arguments."""
-        if self._can_launch_variants:
-            try:
-                variant[(chunks, 1, 1)](*arguments)
-            except TypeError:
-                self._can_launch_variants = False
-        return self._can_launch_variants
-
-
-def _variant(number: int) -> tuple[bool, bool, bool]:
-    """What of a number Triton compiles into a kernel."""
-    return number == 1, number % 16 == 0, number >> 31 > 0
+        key = (packed.device, layout.format.low_bits, *map(variant_of, numbers), variant_of(quads), layout.words >> 31)
+        self._decode(layout.chunks, arguments, key)

@@ -31,7 +31,7 @@ dtypes = (torch.float32, torch.float16, torch.bfloat16) if device == "cuda" else
 torch.manual_seed(0)
 for name, kind in QUANTISED.items():
     # One block, less than a program's, exactly one program's and more than two.
-    at_once = dequantise_triton.VALUES // kind.elements
+    at_once = dequantise_triton.WAYS[name].tile.values // kind.elements
     for blocks in (0, 1, 3, at_once, 2 * at_once + 5):
         stored = torch.randint(0, 256, (blocks * kind.size_bytes,), dtype=torch.uint8, device=device)
         for dtype in dtypes:
@@ -49,22 +49,27 @@ except ValueError as error:
 """
 
 COMPILATION = """
+import re
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-for name, (kernel, what) in dequantise_triton.KERNELS.items():
-    constants = {**what, "BLOCKS": dequantise_triton.VALUES // QUANTISED[name].elements}
+for name, (kernel, what, tile) in dequantise_triton.WAYS.items():
+    constants = {**what, "BLOCKS": tile.values // QUANTISED[name].elements}
+    assert list(what) == [argument for argument in kernel.arg_names if argument.isupper()][:-1], name
     kinds = {"packed": "*u8", "out": "*bf16", "blocks": "i32", "values": "*fp32"}
     signature = {argument: kinds.get(argument, "constexpr") for argument in kernel.arg_names}
     # Memory begins at 16 bytes, which a launch finds out by itself.
     pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
     aligned = {(place,): [["tt.divisibility", 16]] for place in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": dequantise_triton.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": tile.warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
     assert "fma.rn" not in compiled.asm["ptx"], name
-    assert "st.global.b32" in compiled.asm["ptx"], f"{name}: two values do not leave in one store"
+    stores = set(re.findall(r"st\\.global\\S*", compiled.asm["ptx"]))
+    assert stores == {"st.global.v4.b32"}, f"{name}: eight values do not leave in one store"
+    assert compiled.metadata.shared == 0, f"{name}: threads wait for each other"
 print("compiled")
 """
 
