@@ -67,9 +67,9 @@ def _numbers(pair, OFFSET: tl.constexpr):
 @triton.jit
 def _put(to, place, first, second, is_there):
     """Store two values for each place, rounded once; what is the same for a column is to be in `to`, not `place`."""
-    DTYPE: tl.constexpr = to.dtype.element_ty
-    first, second = first.to(DTYPE), second.to(DTYPE)
-    if DTYPE == tl.float32:
+    dtype: tl.constexpr = to.dtype.element_ty
+    first, second = first.to(dtype), second.to(dtype)
+    if dtype == tl.float32:
         low, high = first.to(tl.uint32, bitcast=True).to(tl.uint64), second.to(tl.uint32, bitcast=True).to(tl.uint64)
         tl.store(to.to(tl.pointer_type(tl.uint64)) + place, low | (high << 32), mask=is_there)
     else:
@@ -82,7 +82,7 @@ def _put(to, place, first, second, is_there):
 
 @triton.jit(do_not_specialize=["blocks"])
 def q8_0_kernel(packed, out, blocks, BLOCKS: tl.constexpr):
-    at, to, column, is_there = _start(packed, out, blocks, 34, 32, 1, BLOCKS)
+    at, to, _, is_there = _start(packed, out, blocks, 34, 32, 1, BLOCKS)
     place = tl.arange(0, 16)[:, None]
     a, b = _numbers(_words(at + 2, place) ^ 0x8080, 128)
     scale = _half(at, 0)
@@ -95,7 +95,7 @@ def small_kernel(packed, out, blocks, BYTES: tl.constexpr, OFFSET: tl.constexpr,
 
     Q5_0 and Q5_1 have fifth bits before those bytes, Q4_1 and Q5_1 a minimum behind the scale.
     """
-    at, to, column, is_there = _start(packed, out, blocks, BYTES, 32, 1, BLOCKS)
+    at, to, _, is_there = _start(packed, out, blocks, BYTES, 32, 1, BLOCKS)
     place = tl.arange(0, 16)[:, None]
     half = place // 8
     pair = (_words(at + (BYTES - 16), place % 8) >> (4 * half)) & 0x0F0F

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from ..engine.triton_launch import Launcher
-from .dequantise_kernels import iq4_kernel, q2_k_kernel, q3_k_kernel, q4_k_kernel, q6_k_kernel, q8_0_kernel, small_kernel
+from . import dequantise_kernels as kernels
 from .kinds import IQ4_VALUES, QUANTISED, Kind
 
 
@@ -36,18 +36,18 @@ class Way(NamedTuple):
 
 
 WAYS: dict[str, Way] = {
-    "Q8_0": Way(q8_0_kernel, {}),
-    "Q4_0": Way(small_kernel, {"BYTES": 18, "OFFSET": 8}),
-    "Q4_1": Way(small_kernel, {"BYTES": 20, "OFFSET": 0}),
-    "Q5_0": Way(small_kernel, {"BYTES": 22, "OFFSET": 16}),
-    "Q5_1": Way(small_kernel, {"BYTES": 24, "OFFSET": 0}),
-    "IQ4_NL": Way(iq4_kernel, {"BYTES": 18, "COLUMNS": 1}),
-    "IQ4_XS": Way(iq4_kernel, {"BYTES": 136, "COLUMNS": 8}),
-    "Q2_K": Way(q2_k_kernel, {}, Tile(4096, 4)),
-    "Q3_K": Way(q3_k_kernel, {}, Tile(4096, 4)),
-    "Q4_K": Way(q4_k_kernel, {"BYTES": 144}),
-    "Q5_K": Way(q4_k_kernel, {"BYTES": 176}),
-    "Q6_K": Way(q6_k_kernel, {}),
+    "Q8_0": Way(kernels.q8_0_kernel, {}),
+    "Q4_0": Way(kernels.small_kernel, {"BYTES": 18, "OFFSET": 8}),
+    "Q4_1": Way(kernels.small_kernel, {"BYTES": 20, "OFFSET": 0}),
+    "Q5_0": Way(kernels.small_kernel, {"BYTES": 22, "OFFSET": 16}),
+    "Q5_1": Way(kernels.small_kernel, {"BYTES": 24, "OFFSET": 0}),
+    "IQ4_NL": Way(kernels.iq4_kernel, {"BYTES": 18, "COLUMNS": 1}),
+    "IQ4_XS": Way(kernels.iq4_kernel, {"BYTES": 136, "COLUMNS": 8}),
+    "Q2_K": Way(kernels.q2_k_kernel, {}, Tile(4096, 4)),
+    "Q3_K": Way(kernels.q3_k_kernel, {}, Tile(4096, 4)),
+    "Q4_K": Way(kernels.q4_k_kernel, {"BYTES": 144}),
+    "Q5_K": Way(kernels.q4_k_kernel, {"BYTES": 176}),
+    "Q6_K": Way(kernels.q6_k_kernel, {}),
 }
 
 
@@ -81,7 +81,7 @@ def _launcher(name: str, tile: Tile) -> tuple[Launcher, tuple[int, ...], int]:
 @cache
 def _values(name: str, device: torch.device) -> tuple[torch.Tensor, ...]:
     """What the kinds that look values up need for it."""
-    if WAYS[name].kernel is not iq4_kernel:
+    if WAYS[name].kernel is not kernels.iq4_kernel:
         return ()
     with torch.inference_mode(False):
         return (torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device),)
