@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 from bench.denoisers import DENOISERS
 from bench.diffusers_contenders import measure_group_offload, measure_mmgp, measure_resident
+from bench.gguf_pack import measure_gguf_pack, missing_pack
 from bench.host_contenders import measure_dynamic, measure_layerstream, measure_stock
 from bench.hosting import has_dynamic_vram
 from bench.measured import Measured
+from bench.model_file import is_gguf
 from bench.spec import StepSpec
 
 HOST_REFERENCE = "resident"
@@ -39,6 +41,7 @@ CONTENDERS: dict[str, Contender] = {
     "layerstream": Contender(measure_layerstream),
     "layerstream-raw": Contender(functools.partial(measure_layerstream, packing="never")),
     "layerstream-packed": Contender(functools.partial(measure_layerstream, packing="always")),
+    "gguf-pack": Contender(measure_gguf_pack),
     DIFFUSERS_REFERENCE: Contender(
         measure_resident, whole_card=True, reference=DIFFUSERS_REFERENCE, packages=("diffusers", "accelerate")
     ),
@@ -55,10 +58,14 @@ def missing_reason(name: str, spec: StepSpec) -> str | None:
     """Say why contender `name` cannot run for this spec, or None when it can."""
     if name == "dynamic" and not has_dynamic_vram(spec.host_path):
         return "not in this host"
+    if name == "dynamic" and is_gguf(spec.checkpoint_path):
+        return "GGUF files load without it"
     if name in ("dynamic", "mmgp") and spec.device == "cpu":
         return "it needs a CUDA device"
     if CONTENDERS[name].reference == DIFFUSERS_REFERENCE and spec.family not in DENOISERS:
         return f"no denoiser of diffusers is described for {spec.family}"
+    if name == "gguf-pack":
+        return missing_pack() if is_gguf(spec.checkpoint_path) else "it loads GGUF files alone"
     absent = [package for package in CONTENDERS[name].packages if importlib.util.find_spec(package) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"

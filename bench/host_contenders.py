@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.hosting import has_dynamic_vram, start_host
 from bench.measured import Measured, Residency, last_run
+from bench.model_file import is_gguf
 from bench.spec import StepSpec
 
 
@@ -56,6 +57,12 @@ def run_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:
     return _run(spec, lambda spec: _open_layerstream(spec, packing), is_traced=spec.trace)
 
 
+def measure_in_host(spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_dynamic: bool) -> Measured:
+    """Start the host with DynamicVRAM on or off, and sample `spec.runs` times with the model that `open_way` makes."""
+    _start(spec, is_dynamic=is_dynamic)
+    return _run(spec, open_way)
+
+
 def _start(spec: StepSpec, *, is_dynamic: bool) -> None:
     start_host(spec.host_path, device=spec.device, dynamic=is_dynamic)
 
@@ -93,17 +100,30 @@ def _trace(model: Any, spec: StepSpec) -> dict[str, Any]:
 
 
 def _open_stock(spec: StepSpec) -> Opened:
-    import comfy.sd
+    load = _loader_of(spec)
 
     def prepare() -> Prepared:
-        # As the host's loader node does it.
-        model = comfy.sd.load_diffusion_model(spec.checkpoint_path)
-        return Prepared(model, lambda calls_per_step: _stock_residency(model, calls_per_step))
+        model = load(spec.checkpoint_path)
+        return Prepared(model, lambda calls_per_step: stock_residency(model, calls_per_step))
 
     return prepare
 
 
-def _stock_residency(model: Any, calls_per_step: float) -> Residency:
+def _loader_of(spec: StepSpec) -> Callable[[str], Any]:
+    """What the loader node for this kind of file calls: the host's, or LayerStream's for GGUF."""
+    if not is_gguf(spec.checkpoint_path):
+        import comfy.sd
+
+        return comfy.sd.load_diffusion_model
+    from scripts.pack import load_pack
+
+    load_pack()
+    from layerstream.streaming.host.gguf_loading import load_diffusion_model
+
+    return load_diffusion_model
+
+
+def stock_residency(model: Any, calls_per_step: float) -> Residency:
     """What the host's own patcher says is loaded; the rest has to cross the link in every call, as it is."""
     resident_bytes = int(model.loaded_size())
     streamed_bytes = round(max(0, model.model_size() - resident_bytes) * calls_per_step)
@@ -111,20 +131,20 @@ def _stock_residency(model: Any, calls_per_step: float) -> Residency:
 
 
 def _open_layerstream(spec: StepSpec, packing: str) -> Opened:
-    import comfy.sd
-
     from scripts.pack import load_pack
 
     load_pack()
-    from layerstream.streaming.host.patcher import StreamingModelPatcher
+    from layerstream.streaming.host.gguf_patches import streaming_patcher_for
     from layerstream.streaming.host.settings import Packing, StreamingSettings
 
     chosen: dict[str, Any] = {} if spec.prefetch_blocks is None else {"prefetch_blocks": spec.prefetch_blocks}
     settings = StreamingSettings(mode=spec.layerstream_mode, vram_gib=spec.vram_gib, packing=Packing(packing), **chosen)
 
+    load = _loader_of(spec)
+
     def prepare() -> Prepared:
-        source = comfy.sd.load_diffusion_model(spec.checkpoint_path)
-        model = StreamingModelPatcher.from_patcher(source, settings)
+        source = load(spec.checkpoint_path)
+        model = streaming_patcher_for(source).from_patcher(source, settings)
         return Prepared(model, lambda calls_per_step: _layerstream_residency(model, calls_per_step))
 
     return prepare

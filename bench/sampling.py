@@ -10,8 +10,8 @@ import itertools
 import time
 from collections.abc import Callable
 
-from bench.checkpoint import last_axis
 from bench.measured import SamplingRun
+from bench.model_file import last_axis
 from bench.spec import SAMPLER, SCHEDULER, StepSpec
 
 
