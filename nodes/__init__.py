@@ -18,7 +18,7 @@ class LayerStreamExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from server import PromptServer
 
-        from ..streaming.host.telemetry import register_routes
+        from ..streaming.host.routes import register_routes
 
         register_routes(PromptServer.instance)
         return [

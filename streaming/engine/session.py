@@ -28,7 +28,7 @@ from .meter import Meter, PassTimes
 from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan
 from .planner import make_plan
-from .ring import Ring
+from .ring import Place, Ring
 from .store import HostMemory
 from .walk import Walk
 
@@ -127,10 +127,11 @@ class Session:
     @property
     def resident_bytes(self) -> int:
         """Bytes that weights take of the device now, in blocks and outside, ring and scratch not counted."""
-        if self.plan is None:
+        plan = self.plan
+        if plan is None:
             return 0
         blocks = (index for index in range(len(self.parts.blocks)) if index not in self._evicted)
-        return self.plan.outside_bytes + sum(map(self._kept_bytes, blocks))
+        return plan.outside_bytes + sum(map(self._kept_bytes, blocks))
 
     def _kept_bytes(self, index: int) -> int:
         """What block `index` has on the device for good."""
@@ -161,18 +162,26 @@ class Session:
     @property
     def link_bytes(self) -> int:
         """Bytes that cross the link in one pass over all blocks."""
-        return sum(moving.source.nbytes for moving in self._moving.values() if moving.source is not None)
+        return sum(moving.source.nbytes for moving in self._moved() if moving.source is not None)
 
     @property
     def is_packed(self) -> bool:
         """True where any block is restored when it runs."""
-        return any(moving.layout is not None for moving in self._moving.values())
+        return any(moving.layout is not None for moving in self._moved())
 
     @property
     def packed_resident_bytes(self) -> int:
         """Bytes that packed blocks take of the device for good."""
-        kept = (moving.layout for moving in self._moving.values() if moving.source is None)
+        kept = (moving.layout for moving in self._moved() if moving.source is None)
         return sum(layout.stored_bytes for layout in kept if layout is not None)
+
+    def _moved(self) -> tuple[MovingBlock, ...]:
+        """The blocks that move, in a copy made at one go: sizes are read by other threads, to be shown."""
+        return tuple(self._moving.values())
+
+    def places(self) -> list[Place]:
+        """The places of a run under way, to be looked at by any thread and changed by none."""
+        return [place for ring in self._rings or () for place in ring.places.values()]
 
     @property
     def host_bytes(self) -> int:

@@ -157,8 +157,8 @@ class HostStore:
 
     @property
     def host_bytes(self) -> int:
-        return sum(slab.size_bytes for slab in self._slabs.values())
+        return sum(slab.size_bytes for slab in tuple(self._slabs.values()))  # other threads read it, to be shown
 
     @property
     def page_locked_bytes(self) -> int:
-        return sum(slab.size_bytes for slab in self._slabs.values() if slab.is_locked)
+        return sum(slab.size_bytes for slab in tuple(self._slabs.values()) if slab.is_locked)

@@ -94,6 +94,7 @@ class StreamingModelPatcher(ModelPatcher):
         patcher.settings = settings
         if settings.budget is not None:
             settings.budget.add(patcher.stream)
+        patcher.stream.note_node()
         return patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> StreamingModelPatcher:

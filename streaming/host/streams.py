@@ -6,6 +6,7 @@ that its weights are in host memory once.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 import weakref
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
 
 from ..engine.block import take_apart
 from ..engine.codec import align
@@ -88,6 +90,10 @@ class ModelStream:
     compute_bytes: int = 0
     """What compute took of the card beside them at its peak."""
     casting: CastSwitch = field(default_factory=CastSwitch)
+    number: int = field(default_factory=itertools.count(1).__next__)
+    """What tells it from other streams where it is shown."""
+    node_ids: set[str] = field(default_factory=set)
+    """The nodes of graphs that asked for it, which show what it does."""
     _session: Session | None = None
 
     @property
@@ -150,6 +156,12 @@ class ModelStream:
         finally:
             self.moves.note(self.session.resident_bytes - before, time.perf_counter() - begun)
 
+    def note_node(self) -> None:
+        """Take note of the node that is executed now, if one is: it asks for this stream."""
+        context = get_executing_context()
+        if context is not None:
+            self.node_ids.add(context.node_id)
+
     def begin_run(self, shape: Hashable) -> None:
         """Take note that a run of `shape` comes; what was measured for another one does not hold for it."""
         if shape != self.shape:
@@ -186,7 +198,7 @@ class ModelStream:
             align(weight.codec.stored_bytes)
             for block in self.session.parts.blocks
             for weight in block.weights
-            if not _is_mapped(weight.home)
+            if not is_mapped(weight.home)
         )
         if needed == 0:
             return True
@@ -203,7 +215,7 @@ class ModelStream:
                 self.family.units,
                 lambda module, name: getattr(module, f"{name}_comfy_model_dtype", None) if is_dynamic else None,
             )
-            self._session = Session(parts, self.device, _is_mapped, self.casting.note_bound, host_memory())
+            self._session = Session(parts, self.device, is_mapped, self.casting.note_bound, host_memory())
         if self.is_shelved:
             self._session.shelve()
 
@@ -236,7 +248,7 @@ def stream_for(patcher: ModelPatcher, device: Device, family: Family | None = No
     return stream
 
 
-def _is_mapped(tensor: torch.Tensor) -> bool:
+def is_mapped(tensor: torch.Tensor) -> bool:
     """True for a weight that ComfyUI maps from its file: its pages cost nothing that the system cannot take back."""
     return tensor.is_meta or hasattr(_plain(tensor).untyped_storage(), "_comfy_tensor_file_slice")
 

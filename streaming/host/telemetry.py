@@ -1,4 +1,8 @@
-"""What the engine measured, as plain figures for the browser and for people."""
+"""What the engine measured of one model, as plain figures for the browser and for people.
+
+In: a stream, whose session and meter hold every figure. Out: a dict for JSON. What changes from moment to moment is in
+`moment.py`; this is the rest, read when a plan or a timed pass is new.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ..engine.meter import PassTimes
+from .advice import advice
 from .budget import budget_of
 from .ladder import rungs_taken
+from .memory import mapped_bytes
 from .streams import ModelStream, live_streams
 
 
@@ -18,10 +24,13 @@ def report(stream: ModelStream) -> dict[str, Any]:
     expected = session.expect(plan) if plan else None
     budget = budget_of(stream)
     return {
+        "id": stream.number,
+        "nodes": sorted(stream.node_ids),
         "model": type(stream.model).__name__,
         "family": stream.family.name,
         "family_listed": stream.family.is_listed,
         "backend": stream.device.name,
+        "has_clock": stream.device.has_clock,
         "blocks": len(session.parts.blocks),
         "loaded": stream.is_in_place,
         "resident_bytes": session.resident_bytes,
@@ -31,8 +40,10 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "is_packed": session.is_packed if plan else None,
         "moved_bytes_per_step": meter.last.moved_bytes if meter.passes else None,
         "ring_bytes": plan.ring_bytes + plan.scratch_bytes if plan else None,
+        "link_bytes_per_step": session.link_bytes if plan else None,
         "host_bytes": session.host_bytes,
         "page_locked_bytes": session.page_locked_bytes,
+        "mapped_bytes": mapped_bytes(stream),
         "peak_bytes": stream.device.peak_bytes(),
         "budget_bytes": stream.budget_bytes,
         "budget_split_bytes": budget.split() if budget else None,
@@ -46,6 +57,8 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "predicted_step_ms": expected.step_ms if expected else None,
         "floor_ms": expected.floor_ms if expected else None,
         "limit": expected.limit if expected else None,
+        "expected_link_ms": expected.link_ms if expected else None,
+        "expected_compute_ms": expected.compute_ms if expected else None,
         "step_ms": times.pass_ms if meter.times else None,
         "copy_ms": times.total_ms("copy_ms"),
         "wait_ms": times.total_ms("wait_ms"),
@@ -54,6 +67,14 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "link_bytes_per_s": meter.rates.link * 1000 if meter.rates else None,
         "rungs": rungs_taken(stream.model),
         "moves": asdict(stream.moves),
+        "units": [
+            {
+                "name": block.name,
+                "bytes": block.weight_bytes(),
+                "form": plan.forms[index].name.lower() if plan else None,
+            }
+            for index, block in enumerate(session.parts.blocks)
+        ],
         "times_ms": [
             {
                 "block": session.parts.blocks[index].name,
@@ -70,14 +91,6 @@ def report(stream: ModelStream) -> dict[str, Any]:
 
 
 def state() -> dict[str, Any]:
-    """Figures of every model that streams now."""
-    return {"sessions": [report(stream) for stream in live_streams()]}
-
-
-def register_routes(server: Any) -> None:
-    """Serve `GET /layerstream/state` from ComfyUI's own server."""
-    from aiohttp import web
-
-    @server.routes.get("/layerstream/state")
-    async def get_state(request: web.Request) -> web.Response:
-        return web.json_response(state())
+    """Figures of every model that streams now, and the one thing to say of them."""
+    sessions = [report(stream) for stream in live_streams()]
+    return {"sessions": sessions, "advice": advice(sessions)}

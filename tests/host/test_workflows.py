@@ -134,7 +134,7 @@ def test_a_streamed_workflow_makes_what_a_resident_one_makes(
     if name not in files:
         pytest.skip(ONLY_WIDE[name])
     resident = run(server, small_example(name, object_info, files[name], mode="off"))
-    assert server.client.get_json("/layerstream/state") == {"sessions": []}
+    assert server.client.get_json("/layerstream/state")["sessions"] == []
     prompt = small_example(name, object_info, files[name], mode="auto")
     streamed = run(server, prompt)
 
