@@ -56,14 +56,15 @@ def run_server(
     arguments: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
     packs: Sequence[Path] = (),
+    port: int | None = None,
     cache: Path = CACHE,
 ) -> Iterator[Server]:
     """Start `host`'s server, yield it when it accepts prompts, and stop it with everything it started.
 
     `models` maps places under the models folder (`vae/ae.safetensors`) to files. `arguments` follow the server's own
-    command line; `environment` adds variables; `packs` are further custom nodes, files or folders. Without a GPU it
-    runs with `--cpu`, and keeps weights in the file's bfloat16 as a GPU would, where ComfyUI would otherwise double
-    their size.
+    command line; `environment` adds variables; `packs` are further custom nodes, files or folders; `port` is any free
+    one by default. Without a GPU it runs with `--cpu`, and keeps weights in the file's bfloat16 as a GPU would, where
+    ComfyUI would otherwise double their size.
 
     Raises:
         ServerError: the server ended or did not answer in time; the message ends with its log's last lines.
@@ -74,7 +75,7 @@ def run_server(
     folder = Path(tempfile.mkdtemp(prefix=f"{host.name}-", dir=servers))
     try:
         _fill_folder(folder, models, packs)
-        with _process(tree, folder, arguments, environment or {}) as server:
+        with _process(tree, folder, arguments, environment or {}, port or _free_port()) as server:
             yield server
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,8 +105,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _process(tree: Path, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[Server]:
-    port = _free_port()
+def _process(
+    tree: Path, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str], port: int
+) -> Iterator[Server]:
     command = [sys.executable, "main.py", "--listen", LOOPBACK, "--port", str(port), "--disable-api-nodes"]
     command += ["--base-directory", str(folder)]
     command += ["--database-url", f"sqlite:///{(folder / 'user' / 'comfyui.db').as_posix()}"]
@@ -131,7 +133,7 @@ def _process(tree: Path, folder: Path, arguments: tuple[str, ...], environment: 
     except ServerError as error:
         raise ServerError(f"{error}\n--- end of the server's log ---\n{server.log_tail()}") from error
     finally:
-        _stop(process)
+        stop(process)
 
 
 def _free_port() -> int:
@@ -154,7 +156,8 @@ def _wait_until_ready(server: Server) -> None:
     raise ServerError(f"the server did not answer within {START_TIMEOUT_S:.0f} s")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and everything it started; twice does no harm."""
     _signal_group(process, signal.SIGTERM)
     try:
         process.wait(STOP_TIMEOUT_S)

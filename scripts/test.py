@@ -1,7 +1,7 @@
 """Runs every check and test of this repository and sums them up.
 
-The static checks and the tests of the engine, the formats and the benchmarks run once; the host tests run once for
-each ComfyUI, in a process of its own.
+The static checks and the tests of the engine, the formats and the benchmarks run once; those of the host and those in a
+browser run once for each ComfyUI, in processes of their own.
 ComfyUI 0.3.75 out of the wheel is always among them. Ends with the line `N passed, N failed` (and `, N skipped`).
 """
 
@@ -26,6 +26,7 @@ ENGINE_TESTS = "tests/engine"
 FORMATS_TESTS = "tests/formats"
 BENCH_TESTS = "tests/bench"
 HOST_TESTS = "tests/host"
+BROWSER_TESTS = "tests/browser"
 
 
 class Outcome(NamedTuple):
@@ -55,7 +56,10 @@ def main() -> None:
     outcomes.append(run_tests("formats", FORMATS_TESTS, {}))
     # They look for hosts themselves and open each in a process of its own.
     outcomes.append(run_tests("bench", BENCH_TESTS, {COMFYUI_PATH: os.pathsep.join(str(host.path) for host in hosts)}))
-    outcomes += [run_tests(host.name, HOST_TESTS, {COMFYUI_PATH: str(host.path)}) for host in hosts]
+    for host in hosts:
+        environment = {COMFYUI_PATH: str(host.path)}
+        outcomes.append(run_tests(host.name, HOST_TESTS, environment))
+        outcomes.append(run_tests(f"browser {host.version}", BROWSER_TESTS, environment))
     sys.exit(summarise(outcomes))
 
 

@@ -21,7 +21,7 @@ from scripts.small_example import small_example
 from scripts.workflow_models import WORKFLOWS
 
 WORKFLOW = "sd15"
-CARD_GIB = 2
+CARD_GIB = 0.16
 EVENT = "layerstream.state"
 
 

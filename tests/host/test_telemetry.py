@@ -1,4 +1,4 @@
-"""What the live view is told: figures add up, each is a counter of the engine, and taking them costs next to nothing."""
+"""What the live view is told: figures add up, are counters of the engine, and taking them costs hardly anything."""
 
 from __future__ import annotations
 
