@@ -2,12 +2,12 @@
 
 import { element } from "./elements.js";
 
-const KINDS = new Set(["MODEL", "CLIP"]);
+const STREAMING = new Set(["LayerStreamModel", "LayerStreamClip", "LayerStreamOffloadPolicy"]);
 const HEIGHT_PX = 16;
 
-// True for the pack's nodes that give a streamed model.
+// True for the nodes that have a model streamed.
 export function isStreamingNode(node) {
-  return Boolean(node.comfyClass?.startsWith("LayerStream")) && (node.outputs ?? []).some(({ type }) => KINDS.has(type));
+  return STREAMING.has(node.comfyClass);
 }
 
 // Adds the line to `node` and keeps it up to date as long as the node is in a graph.

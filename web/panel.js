@@ -261,7 +261,14 @@ export class Panel {
       const where = text("models.on", { size: size(model.loaded_bytes), total: size(model.total_bytes), device: model.device });
       return `${model.name}: ${where}${model.streams ? `, ${text("models.streams")}` : ""}`;
     });
-    items(this.#parts.models, models.length ? models : [text("models.none")]);
+    const moved = this.#store.models().flatMap(({ model, moves }) => {
+      const came = moves?.returns.count ? moves.returns : moves?.first;
+      const tell = (tally, path) => (tally?.count ? [text(path, {
+        model, size: size(tally.last_bytes), seconds: this.#words.seconds(tally.last_seconds),
+      })] : []);
+      return [...tell(came, "models.brought"), ...tell(moves?.departures, "models.sent")];
+    });
+    items(this.#parts.models, models.length ? [...models, ...moved] : [text("models.none")]);
     const clock = new Intl.DateTimeFormat(this.#words.language, { timeStyle: "medium" });
     items(this.#parts.events, this.#store.happened.slice(-MOST_HAPPENINGS).reverse().map((event) => {
       const what = event.change_bytes > 0 ? "models.came" : "models.left";
