@@ -9,6 +9,7 @@ from .layer_stream_model import LayerStreamModel
 from .load_clip_gguf import LayerStreamGgufClipLoader
 from .load_diffusion_model_gguf import LayerStreamGgufModelLoader
 from .offload_policy import OffloadPolicy
+from .streaming_report import StreamingReport
 from .vram_budget import VramBudget
 
 
@@ -28,4 +29,5 @@ class LayerStreamExtension(ComfyExtension):
             VramBudget,
             LayerStreamGgufModelLoader,
             LayerStreamGgufClipLoader,
+            StreamingReport,
         ]

@@ -25,11 +25,12 @@ from .telemetry import state
 logger = logging.getLogger("layerstream")
 
 FORMATS = ("text", "json")
+RECORDER = web.AppKey("layerstream.recorder", Recorder)
 
 
 def register_routes(server: Any) -> None:
     """Serve the addresses and begin to watch runs."""
-    recorder = Recorder(server)
+    recorder = server.app[RECORDER] = Recorder(server)
     recorder.begin()
 
     @server.routes.get("/layerstream/state")
@@ -59,6 +60,13 @@ def register_routes(server: Any) -> None:
             return refusal(409, str(reason))
         logger.info("LayerStream: asked to free the card: gave back %.2f GiB", freed_bytes / GIB)
         return web.json_response({"freed_bytes": freed_bytes})
+
+
+def recorder_of_server() -> Recorder:
+    """The recorder of the server that runs in this process."""
+    from server import PromptServer
+
+    return PromptServer.instance.app[RECORDER]
 
 
 def full_state(recorder: Recorder) -> dict[str, Any]:
