@@ -57,14 +57,15 @@ def run_server(
     environment: Mapping[str, str] | None = None,
     packs: Sequence[Path] = (),
     port: int | None = None,
+    pack: Path = ROOT,
     cache: Path = CACHE,
 ) -> Iterator[Server]:
     """Start `host`'s server, yield it when it accepts prompts, and stop it with everything it started.
 
     `models` maps places under the models folder (`vae/ae.safetensors`) to files. `arguments` follow the server's own
     command line; `environment` adds variables; `packs` are further custom nodes, files or folders; `port` is any free
-    one by default. Without a GPU it runs with `--cpu`, and keeps weights in the file's bfloat16 as a GPU would, where
-    ComfyUI would otherwise double their size.
+    one by default; `pack` is where this pack lies. Without a GPU it runs with `--cpu`, and keeps weights in the file's
+    bfloat16 as a GPU would, where ComfyUI would otherwise double their size.
 
     Raises:
         ServerError: the server ended or did not answer in time; the message ends with its log's last lines.
@@ -74,21 +75,21 @@ def run_server(
     servers.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{host.name}-", dir=servers))
     try:
-        _fill_folder(folder, models, packs)
+        _fill_folder(folder, models, pack, packs)
         with _process(tree, folder, arguments, environment or {}, port or _free_port()) as server:
             yield server
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fill_folder(folder: Path, models: Mapping[str, Path], packs: Sequence[Path]) -> None:
+def _fill_folder(folder: Path, models: Mapping[str, Path], this_pack: Path, packs: Sequence[Path]) -> None:
     for name in ("custom_nodes", "models", "input", "output", "user"):
         (folder / name).mkdir()
     for place, file in models.items():
         target = folder / "models" / place
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(file.resolve(), target)
-    _link(ROOT, folder / "custom_nodes" / PACK_FOLDER)
+    _link(this_pack, folder / "custom_nodes" / PACK_FOLDER)
     for pack in packs:
         _link(pack, folder / "custom_nodes" / pack.name)
 

@@ -7,6 +7,7 @@ const LABEL_PX = 14;
 
 export class TimeChart {
   #canvas;
+  #size = { width: 0, height: 0 };
   #times = new Float64Array(0);
   #begin = 0;
   #scale = 1;
@@ -15,10 +16,16 @@ export class TimeChart {
     this.#canvas = canvas;
   }
 
+  // Reads how large the canvas is, before it is drawn on.
+  measure() {
+    this.#size = { width: this.#canvas.clientWidth, height: this.#canvas.clientHeight };
+  }
+
   // Draws `layers` ({values, color}) one on the other, or as lines where `isStacked` is false, from 0 to `most`;
   // `references` ({values or value, color, dash}) as lines over them, `breaches` (values, true where) marked at the top.
   draw({ times, layers, most, isStacked = true, references = [], breaches = null, cursor = null, labels, colors }) {
-    const { context, width, height } = prepare(this.#canvas);
+    const { width, height } = this.#size;
+    const context = prepare(this.#canvas, this.#size);
     const floor = height - LABEL_PX;
     this.#times = times;
     const last = times.length ? times[times.length - 1] : 0;
@@ -94,16 +101,15 @@ export class TimeChart {
   }
 }
 
-// Fits a canvas to its place on the screen, empties it, and gives its context and its size in the page's pixels.
-export function prepare(canvas) {
-  const { clientWidth: width, clientHeight: height } = canvas;
+// Fits a canvas to its size in the page's pixels, empties it and gives its context.
+export function prepare(canvas, { width, height }) {
   const ratio = window.devicePixelRatio || 1;
   const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
   if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
   const context = canvas.getContext("2d");
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, width, height);
-  return { context, width, height };
+  return context;
 }
 
 function area(context, points, values, below, y, color) {

@@ -3,7 +3,8 @@
 import { element } from "./elements.js";
 
 const STREAMING = new Set(["LayerStreamModel", "LayerStreamClip", "LayerStreamOffloadPolicy"]);
-const HEIGHT_PX = 16;
+const HEIGHT_PX = 24;
+const MARGIN_PX = 4;
 
 // True for the nodes that have a model streamed.
 export function isStreamingNode(node) {
@@ -16,6 +17,7 @@ export function addLine(node, store, words) {
   const widget = node.addDOMWidget("layerstream_live", "layerstream-live", text, {
     serialize: false,
     hideOnZoom: true,
+    margin: MARGIN_PX,
     getValue: () => "",
     setValue: () => {},
     getMinHeight: () => HEIGHT_PX,

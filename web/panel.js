@@ -151,6 +151,10 @@ export class Panel {
     this.#colors ??= readColors(this.root);
     const store = this.#store;
     if (this.#cursor !== null && this.#cursor >= store.length) this.#cursor = null;
+    // All sizes are read before anything is written, or the page would be laid out anew for each.
+    this.#parts.memoryChart.measure();
+    this.#parts.linkChart.measure();
+    for (const view of this.#views.values()) view.strip.measure();
     this.#drawHeader();
     this.#drawMemory();
     this.#drawLink();
@@ -206,7 +210,7 @@ export class Panel {
     const store = this.#store;
     const times = store.column("time_s");
     if (!times.length) return { left: "", right: "" };
-    const clock = (time) => new Intl.DateTimeFormat(this.#words.language, { timeStyle: "medium" }).format(time * 1000);
+    const clock = (time) => this.#words.clock(time);
     const last = times[times.length - 1];
     const begin = last - Math.max(30, last - times[0]);
     return { left: clock(begin), right: clock(this.#cursor === null ? last : times[this.#cursor]) };
@@ -250,6 +254,7 @@ export class Panel {
         });
         this.#views.set(model.id, view);
         this.#parts.blocks.append(view.root);
+        view.strip.measure();
       }
       this.#views.get(model.id).draw(model, this.#store.secondsPerPass(model.id), this.#colors);
     }
@@ -269,10 +274,9 @@ export class Panel {
       return [...tell(came, "models.brought"), ...tell(moves?.departures, "models.sent")];
     });
     items(this.#parts.models, models.length ? [...models, ...moved] : [text("models.none")]);
-    const clock = new Intl.DateTimeFormat(this.#words.language, { timeStyle: "medium" });
     items(this.#parts.events, this.#store.happened.slice(-MOST_HAPPENINGS).reverse().map((event) => {
       const what = event.change_bytes > 0 ? "models.came" : "models.left";
-      return `${clock.format(event.time_s * 1000)} ${text(what, { model: event.model, size: size(Math.abs(event.change_bytes)) })}`;
+      return `${this.#words.clock(event.time_s)} ${text(what, { model: event.model, size: size(Math.abs(event.change_bytes)) })}`;
     }));
   }
 

@@ -9,6 +9,7 @@ const SPACE_PX = 1;
 
 export class BlockStrip {
   #canvas;
+  #width = 0;
   #count = 0;
   #perRow = 1;
   #cell = LEAST_CELL_PX;
@@ -17,10 +18,15 @@ export class BlockStrip {
     this.#canvas = canvas;
   }
 
+  // Reads how wide the canvas is, before it is drawn on.
+  measure() {
+    this.#width = this.#canvas.clientWidth;
+  }
+
   // Draws `letters` in `colors` by letter. `base` says how each block is kept, whatever is done with it now.
   draw({ letters, base, selected, slowest, colors }) {
-    this.#arrange(letters.length);
-    const { context } = prepare(this.#canvas);
+    const height = this.#arrange(letters.length);
+    const context = prepare(this.#canvas, { width: this.#width, height });
     for (let index = 0; index < letters.length; index += 1) {
       const [x, y] = this.#place(index);
       const size = this.#cell - SPACE_PX;
@@ -58,12 +64,13 @@ export class BlockStrip {
   }
 
   #arrange(count) {
-    const width = this.#canvas.clientWidth;
+    const width = this.#width;
     this.#count = count;
     const rows = Math.max(1, Math.ceil((count * LEAST_CELL_PX) / Math.max(LEAST_CELL_PX, width)));
     this.#perRow = Math.max(1, Math.ceil(count / rows));
     this.#cell = Math.max(LEAST_CELL_PX, Math.min(MOST_CELL_PX, Math.floor(width / this.#perRow)));
     this.#canvas.style.height = `${rows * ROW_PX}px`;
+    return rows * ROW_PX;
   }
 
   #place(index) {

@@ -10,6 +10,7 @@ export class Words {
   #texts = {};
   #fallback = {};
   #language = DEFAULT;
+  #formats = new Map();
 
   // `unit()` says in which unit bytes are told, "GiB" or "GB".
   constructor(unit) {
@@ -22,6 +23,7 @@ export class Words {
     this.#fallback = of(DEFAULT) ?? {};
     this.#language = [language, language.split("-")[0]].find(of) ?? DEFAULT;
     this.#texts = of(this.#language) ?? {};
+    this.#formats.clear();
   }
 
   get language() {
@@ -39,15 +41,14 @@ export class Words {
   }
 
   number(value, digits = 0) {
-    return new Intl.NumberFormat(this.#language, { maximumFractionDigits: digits }).format(value);
+    return this.#format(digits, () => new Intl.NumberFormat(this.#language, { maximumFractionDigits: digits }), value);
   }
 
   size(bytes) {
     if (bytes === null || bytes === undefined || Number.isNaN(bytes)) return "–";
     const { size, name } = UNITS[this.unit()] ?? UNITS.GiB;
-    const value = bytes / size;
-    const format = new Intl.NumberFormat(this.#language, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
-    return `${format.format(value)} ${name}`;
+    const options = { minimumFractionDigits: 2, maximumFractionDigits: 2 };
+    return `${this.#format("size", () => new Intl.NumberFormat(this.#language, options), bytes / size)} ${name}`;
   }
 
   rate(bytesPerSecond) {
@@ -60,6 +61,19 @@ export class Words {
   }
 
   seconds(value) {
-    return new Intl.NumberFormat(this.#language, { maximumSignificantDigits: 3 }).format(value);
+    const options = { maximumSignificantDigits: 3 };
+    return this.#format("seconds", () => new Intl.NumberFormat(this.#language, options), value);
+  }
+
+  // The time of day of a moment given in seconds.
+  clock(time) {
+    const options = { timeStyle: "medium" };
+    return this.#format("clock", () => new Intl.DateTimeFormat(this.#language, options), time * 1000);
+  }
+
+  // Making a format takes longer than all that is drawn with it, so each is made once.
+  #format(name, make, value) {
+    if (!this.#formats.has(name)) this.#formats.set(name, make());
+    return this.#formats.get(name).format(value);
   }
 }

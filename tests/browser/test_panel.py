@@ -23,6 +23,15 @@ DRAW_MS = 4.0
 LANGUAGES = ("en", "de", "zh", "ja")
 PASSES_SEEN = "() => Number(document.querySelector('[data-figure=passes]')?.textContent) >= 4"
 
+# Looks at the node that streams, at its own size.
+CLOSE_UP = """() => {
+  const canvas = window.app.canvas;
+  const node = window.app.graph._nodes.find(node => node.type === 'LayerStreamModel');
+  canvas.ds.scale = 1;
+  canvas.ds.offset = [300 - node.pos[0], 200 - node.pos[1]];
+  canvas.setDirty(true, true);
+}"""
+
 # Rectangles of texts that lie over each other, and whether anything is wider than the view.
 FAULTS_OF_LAYOUT = """panel => {
   const seen = [...panel.querySelectorAll('p, h3, h4, li, dt, dd, button, .ls-state, canvas')]
@@ -140,6 +149,11 @@ def test_the_node_says_what_its_model_does(opened: tuple[Page, Problems], server
         arg=f"{gib(session_of(server)['resident_bytes'])} on the card",
         timeout=10_000,
     )
+    page.evaluate(CLOSE_UP)
+    page.wait_for_timeout(500)
+    box = page.locator(".ls-node-line").bounding_box()
+    assert box["height"] >= 12 and box["width"] > 250, "the line can be read"
+    save_picture(page, "node")
     saved = page.evaluate("() => window.app.graph.serialize().nodes.find(node => node.type === 'LayerStreamModel')")
     assert saved["widgets_values"] == ["auto", 0, 0, 256], "the line is no part of the workflow"
     assert problems == []
@@ -241,7 +255,7 @@ def test_nothing_overlaps_narrow_or_wide(context: Any, server: Server, palette: 
         panel = open_panel(page)
         assert panel.get_attribute("data-theme") == palette
         assert panel.locator("[data-action=free]").inner_text() == texts[language]["button"]["free"]
-        panel.evaluate("panel => { panel.style.width = '300px'; }")
+        panel.evaluate("panel => { panel.style.width = `${Math.min(300, panel.parentElement.clientWidth)}px`; }")
         page.wait_for_timeout(700)
         assert panel.evaluate(FAULTS_OF_LAYOUT) == []
         save_picture(page, f"narrow-{palette}-{language}")
