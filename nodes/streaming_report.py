@@ -26,7 +26,7 @@ class StreamingReport(io.ComfyNode):
             inputs=[
                 io.AnyType.Input("after", tooltip="What the report waits for: the latent or the image of the run."),
                 io.Int.Input(
-                    "width", default=1024, min=512, max=4096, step=64, tooltip="Width of the picture in pixels."
+                    "width", default=1024, min=640, max=4096, step=64, tooltip="Width of the picture in pixels."
                 ),
             ],
             outputs=[

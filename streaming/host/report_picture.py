@@ -5,12 +5,12 @@ In: the state that `GET /layerstream/state` gives. Out: a Pillow image. Colours 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .report_text import report_text
+from .report_text import Line, report_lines
 from .settings import GIB
 
 PARTS = {
@@ -29,6 +29,7 @@ CHART_HEIGHT = 200
 LINK_HEIGHT = 110
 STRIP_HEIGHT = 26
 FONT_PX = 15
+LABEL_INDENT, LABEL_WIDTH = 12, 170
 # Moments further apart are of different runs.
 GAP_S = 2.0
 RATE_OVER_S = 1.0
@@ -39,7 +40,8 @@ Rows = list[dict[str, Any]]
 def draw_report(state: dict[str, Any], width: int) -> Image.Image:
     """The picture, `width` pixels wide and as high as it needs to be."""
     font = ImageFont.load_default(FONT_PX)
-    lines = [line[: (width - 2 * MARGIN) // (FONT_PX // 2)] for line in report_text(state).splitlines()]
+    room = width - 2 * MARGIN
+    lines = [part for line in report_lines(state) for part in _folded(line, font, room)]
     line_height = FONT_PX + 5
     strips = [session for session in state["sessions"] if session["units"]]
     height = 2 * MARGIN + CHART_HEIGHT + LINK_HEIGHT + 2 * SPACE + 3 * line_height
@@ -64,10 +66,24 @@ def draw_report(state: dict[str, Any], width: int) -> Image.Image:
         top += line_height
         _strip(draw, session["units"], (MARGIN, top, right, top + STRIP_HEIGHT))
         top += STRIP_HEIGHT + SPACE
-    for line in lines:
-        draw.text((MARGIN, top), line, TEXT, font)
+    for label, text in lines:
+        draw.text((MARGIN + LABEL_INDENT, top), label, QUIET, font)
+        draw.text((MARGIN + (LABEL_WIDTH if label else 0), top), text, TEXT, font)
         top += line_height
     return image
+
+
+def _folded(line: Line, font: Any, room: int) -> Iterator[Line]:
+    """The line in as many as it takes to be no wider than `room`."""
+    room -= LABEL_WIDTH if line.label else 0
+    label, text = line.label, ""
+    for word in line.text.split(" "):
+        if text and font.getlength(f"{text} {word}") > room:
+            yield Line(label, text)
+            label, text = " " * bool(label), word
+        else:
+            text = f"{text} {word}" if text else word
+    yield Line(label, text)
 
 
 Box = tuple[int, int, int, int]

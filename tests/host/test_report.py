@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy
 import pytest
-from layerstream.streaming.host.report_picture import BACKGROUND, FORMS, PARTS, draw_report, link_rates
+from layerstream.streaming.host.advice import Advice
+from layerstream.streaming.host.report_picture import BACKGROUND, FORMS, MARGIN, PARTS, draw_report, link_rates
 from PIL import Image, ImageColor
 
 from live_run import streamed_prompt, streaming_server
@@ -74,7 +75,14 @@ def test_a_gap_between_runs_is_left_empty() -> None:
 
 
 def test_nothing_was_recorded_yet() -> None:
-    assert draw_report(state([]), 512).width == 512
+    assert draw_report(state([]), 640).width == 640
+
+
+def test_what_is_written_stays_in_the_picture() -> None:
+    sentence = Advice("link", {"link": 80, "compute": 60, "gib": 1.0})
+    pixels = numpy.asarray(draw_report(state([]) | {"advice": sentence}, 640))
+    background = (pixels == ImageColor.getrgb(BACKGROUND)).all(axis=2)
+    assert background[:, -MARGIN + 1 :].all()
 
 
 def test_rates_are_bytes_over_the_second_before_and_end_at_gaps() -> None:
