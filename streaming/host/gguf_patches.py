@@ -2,23 +2,40 @@
 
 In: `add_patches` as ComfyUI calls it. Out: patches of plain weights where ComfyUI keeps them, and those of GGUF weights
 as weight wrappers, which ComfyUI and the streaming patcher alike hang on a layer when they load it. The arithmetic is
-ComfyUI's own, that of its low-memory way.
+ComfyUI's own, that of its low-memory way. A model that streams keeps what patches hold in page-locked memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.utils
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 
+from ..engine.device import Device
+from ..engine.store import Slab
 from ..formats.gguf_tensor import GgufTensor
+from .budget import host_memory
+from .locked_patches import page_locked
 from .patcher import StreamingModelPatcher
 from .tagged_weights import TaggedStreamingModelPatcher, is_tagged
 
 
 class RunTimePatch(LowVramPatch):
     """What one call of `add_patches` said of one weight."""
+
+    slab: Slab | None = None
+    """Page-locked memory that its tensors lie in, with those of other patches; None where they are as they came."""
+
+
+def lock(patches: Sequence[RunTimePatch], device: Device) -> None:
+    """Have `patches` hold their tensors in page-locked memory, if there is such; those that do already stay there."""
+    fresh = [patch for patch in patches if patch.slab is None]
+    locked = page_locked([patch.patches[patch.key] for patch in fresh], device, host_memory())
+    if locked is not None:
+        for patch, values in zip(fresh, locked.values, strict=True):
+            patch.patches[patch.key], patch.slab = values, locked.slab
 
 
 class GgufPatches(ModelPatcher if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -70,6 +87,11 @@ class GgufModelPatcher(GgufPatches, ModelPatcher):
 
 class GgufStreamingModelPatcher(GgufPatches, StreamingModelPatcher):
     """A model of GGUF weights that streams."""
+
+    def load(self, *arguments: Any, **options: Any) -> None:
+        functions = (function for added in self.weight_wrapper_patches.values() for function in added)
+        lock([function for function in functions if isinstance(function, RunTimePatch)], self.stream.device)
+        super().load(*arguments, **options)
 
 
 def streaming_patcher_for(model: ModelPatcher) -> type[StreamingModelPatcher]:

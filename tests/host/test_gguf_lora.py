@@ -10,6 +10,7 @@ import pytest
 import torch
 from layerstream.streaming.formats.gguf_tensor import GgufTensor
 from layerstream.streaming.formats.kinds import QUANTISED
+from layerstream.streaming.host.budget import host_memory
 from layerstream.streaming.host.gguf_loading import load_diffusion_model
 
 from gguf_models import detect_narrow, load_resident, narrow_weights, write_gguf
@@ -88,6 +89,40 @@ def test_a_lora_survives_out_of_memory_interrupt_and_clones(pair):
             handle.remove()
             comfy.model_management.unload_all_models()
             assert torch.equal(sample(patched), expected)
+
+
+@pytest.mark.parametrize("pair", ["flux"], indirect=True)
+def test_a_streamed_models_loras_are_in_page_locked_memory_until_they_go(pair):
+    model, reference, sample = pair
+    streamed = stream(model, 0.5)
+    sample(streamed)
+    without = host_memory().locked_bytes
+    lora = {name: tensor.t().contiguous().t() for name, tensor in make_lora(reference, seed=1).items()}
+    expected = sample(apply(reference, lora, 0.7))
+    patched = apply(streamed, lora, 0.7)
+    assert torch.equal(sample(patched), expected)
+    at_run_time = tuple(name.removesuffix("weight") for name in quantised_weights(model))
+    lora_bytes = sum(tensor.nbytes for name, tensor in lora.items() if name.startswith(at_run_time))
+    assert lora_bytes
+    assert host_memory().locked_bytes >= without + lora_bytes
+    # A clone shares them, and what comes to it locks its own.
+    again = apply(patched.clone(), lora, -0.7)
+    assert torch.equal(sample(again), sample(apply(apply(reference, lora, 0.7), lora, -0.7)))
+    assert without + 2 * lora_bytes <= host_memory().locked_bytes < without + 3 * lora_bytes
+    del patched, again
+    assert torch.equal(sample(streamed), sample(reference))
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert host_memory().locked_bytes <= without
+
+
+@pytest.mark.parametrize("pair", ["flux"], indirect=True)
+def test_a_lora_that_may_not_be_locked_is_applied_all_the_same(pair, monkeypatch):
+    model, reference, sample = pair
+    lora = make_lora(reference, seed=1)
+    patched = apply(stream(model, 0.5), lora, 1.0)
+    monkeypatch.setattr(type(patched.stream.device), "page_lock", lambda self, memory: False)
+    assert torch.equal(sample(patched), sample(apply(reference, lora, 1.0)))
 
 
 @pytest.mark.parametrize("pair", ["flux"], indirect=True)
