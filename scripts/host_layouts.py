@@ -23,6 +23,10 @@ Module = torch.nn.Module
 
 GAIN_ENDINGS = (".gamma", ".scale", "running_var", "std-of-means")
 """Beside the weights of norms, what multiplies: values lie around one."""
+# In Stable Cascade's blocks these make factors of all that has gone through: the product of some hundred has to stay
+# of order one too.
+FACTOR_ENDINGS = (".mapper.weight", ".mapper_sca.weight", ".mapper_crp.weight")
+FACTOR_GAIN = 0.05
 NOT_STORED = ("position_ids", "num_batches_tracked")
 # ComfyUI always builds CLIP-G's 32 layers. Those without values pass on what they get, and are holes of the file.
 CLIP_G_EMPTY = tuple(f"{kind}.{index}." for kind in ("layers", "resblocks") for index in range(1, 31))
@@ -139,5 +143,6 @@ def _tensor(name: str, shape: tuple[int, ...]) -> TensorLayout:
     if name.endswith(GAIN_ENDINGS) or (len(shape) == 1 and name.endswith(".weight")):
         return TensorLayout(name, shape, 1.0, GAIN_SPREAD)
     if len(shape) > 1:
-        return TensorLayout(name, shape, 0.0, 1 / math.sqrt(math.prod(shape[1:])))
+        gain = FACTOR_GAIN if "_blocks." in name and name.endswith(FACTOR_ENDINGS) else 1.0
+        return TensorLayout(name, shape, 0.0, gain / math.sqrt(math.prod(shape[1:])))
     return TensorLayout(name, shape, 0.0, BIAS_SPREAD)
