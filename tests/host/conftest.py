@@ -83,6 +83,7 @@ def load(checkpoint: Any) -> Iterator[LoadModel]:
             return comfy.sd.load_diffusion_model(str(checkpoint(family, **depth)))
 
     yield load_model
+    gc.collect()  # ComfyUI 0.3.75 loses count where a model dies while it unloads all of them
     comfy.model_management.unload_all_models()
     gc.collect()
 
