@@ -1,10 +1,13 @@
 """Keeps written checkpoints between runs, until the code that writes them changes.
 
-In: which file is wanted. Out: its path, written on the first request. Files of other versions of the writing code are
-deleted then: each set takes gigabytes.
+In: which file is wanted. Out: its path, written on the first request. Before one is written, files of other versions of
+the writing code are deleted, and as many of this one, the longest unused first, as lie above `KEPT_BYTES`: disks of
+continuous integration are small. A file that is asked for again is written again, with the same bytes.
 """
 
+import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,10 @@ WORKFLOW_FILES = {
     "vae": "vae/ae.safetensors",
 }
 """Where the example workflow's files lie under a models folder: the names of the published Z-Image files."""
+KEPT_BYTES = 4 << 30
+"""What files may take beside the one being written: more than any one workflow's narrow files."""
+FULL = "-full"
+"""In the names of files of full size: made for one measurement, larger than all this, and the person's to delete."""
 
 
 def diffusion_model(
@@ -71,8 +78,11 @@ def cached(name: str, write: Callable[[Path], Path]) -> Path:
     """The file called `name`, written by `write` on the first request; what `write` depends on must be in the name."""
     folder = CACHE / "checkpoints" / _code_version()
     path = folder / f"{name}.safetensors"
-    if not path.is_file():
+    if path.is_file():
+        os.utime(path)
+    else:
         _delete_other_versions(folder)
+        _delete_longest_unused(folder)
         write(path)
     return path
 
@@ -92,3 +102,15 @@ def _delete_other_versions(folder: Path) -> None:
     for other in folder.parent.iterdir():
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
+
+
+def _delete_longest_unused(folder: Path) -> None:
+    files = [path for path in folder.glob("*.safetensors") if FULL not in path.name]
+    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    kept_bytes = 0
+    for path in files:
+        kept_bytes += path.stat().st_size
+        if kept_bytes > KEPT_BYTES:
+            # Windows refuses while a server has it open.
+            with contextlib.suppress(PermissionError):
+                path.unlink()

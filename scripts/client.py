@@ -54,6 +54,19 @@ class Client:
         """The parsed JSON body that a GET of `path` returns; raises as `get_bytes` does."""
         return json.loads(self.get_bytes(path))
 
+    def free(self) -> None:
+        """Have the server let go of its models and what nodes gave, once it is idle, as its own button does.
+
+        Raises:
+            ServerError: the server does not answer.
+        """
+        wanted = json.dumps({"unload_models": True, "free_memory": True}).encode()
+        request = urllib.request.Request(f"{self.address}/free", wanted, {"Content-Type": "application/json"})
+        try:
+            self._opener.open(request, timeout=REQUEST_TIMEOUT_S).close()
+        except OSError as error:
+            raise ServerError(f"POST /free failed at {self.address}: {error}") from error
+
     def queue(self, prompt: Prompt, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
         """Run `prompt` to its end and return its history entry, whose `outputs` name the images.
 

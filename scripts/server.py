@@ -43,6 +43,10 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes]
 
+    def add_models(self, models: Mapping[str, Path]) -> None:
+        """Put files at their places under the models folder, in the stead of what lies there."""
+        _link_models(models, self.folder)
+
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
         """The last `lines` lines that the server printed."""
         return _tail(self.log, lines)
@@ -85,13 +89,18 @@ def run_server(
 def _fill_folder(folder: Path, models: Mapping[str, Path], this_pack: Path, packs: Sequence[Path]) -> None:
     for name in ("custom_nodes", "models", "input", "output", "user"):
         (folder / name).mkdir()
-    for place, file in models.items():
-        target = folder / "models" / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _link(file.resolve(), target)
+    _link_models(models, folder)
     _link(this_pack, folder / "custom_nodes" / PACK_FOLDER)
     for pack in packs:
         _link(pack, folder / "custom_nodes" / pack.name)
+
+
+def _link_models(models: Mapping[str, Path], folder: Path) -> None:
+    for place, file in models.items():
+        target = folder / "models" / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        _link(file.resolve(), target)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -44,19 +44,23 @@ class Result(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def files() -> dict[str, Files]:
-    """Each workflow's narrow files by their place; those too wide for every day are left out."""
-    is_wide = not is_newer_host() and not os.environ.get(RUN_WIDE)
-    return {name: write() for name, write in WORKFLOWS.items() if not (is_wide and name in ONLY_WIDE)}
-
-
-@pytest.fixture(scope="module")
-def server(host: Host, files: dict[str, Files]) -> Iterator[Server]:
-    models = {place: file for of_workflow in files.values() for place, file in of_workflow.items()}
+def server(host: Host) -> Iterator[Server]:
     # One thread: models this narrow gain nothing from more, which only wait for each other on a busy machine.
     environment = {SIMULATED_CARD: str(CARD_GIB), "OMP_NUM_THREADS": "1"}
-    with run_server(host, models, environment=environment, packs=[WIDEN_PACK]) as running:
+    with run_server(host, {}, environment=environment, packs=[WIDEN_PACK]) as running:
         yield running
+
+
+@pytest.fixture
+def files(server: Server, name: str) -> Iterator[Files]:
+    """The workflow's narrow files by their place, in the server's folder as long as the test takes."""
+    if name in ONLY_WIDE and not is_newer_host() and not os.environ.get(RUN_WIDE):
+        pytest.skip(ONLY_WIDE[name])
+    written = WORKFLOWS[name]()
+    server.add_models(written)
+    yield written
+    # Of a deleted file that is still mapped, the disk keeps every byte.
+    server.client.free()
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +133,11 @@ def test_a_workflow_has_the_defaults_of_the_node(object_info: dict[str, Any], na
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_streamed_workflow_makes_what_a_resident_one_makes(
-    server: Server, object_info: dict[str, Any], files: dict[str, Files], name: str
+    server: Server, object_info: dict[str, Any], files: Files, name: str
 ) -> None:
-    if name not in files:
-        pytest.skip(ONLY_WIDE[name])
-    resident = run(server, small_example(name, object_info, files[name], mode="off"))
+    resident = run(server, small_example(name, object_info, files, mode="off"))
     assert server.client.get_json("/layerstream/state")["sessions"] == []
-    prompt = small_example(name, object_info, files[name], mode="auto")
+    prompt = small_example(name, object_info, files, mode="auto")
     streamed = run(server, prompt)
 
     sessions = server.client.get_json("/layerstream/state")["sessions"]

@@ -1,0 +1,66 @@
+"""Written checkpoints take a bounded part of the disk."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from scripts import checkpoint_cache
+
+FILE_BYTES = 1000
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where files are kept, with room for two beside the one being written."""
+    monkeypatch.setattr(checkpoint_cache, "CACHE", tmp_path)
+    monkeypatch.setattr(checkpoint_cache, "KEPT_BYTES", 2 * FILE_BYTES)
+    return tmp_path / "checkpoints"
+
+
+def write(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(FILE_BYTES))
+    return path
+
+
+def ask(name: str, *, hour: int) -> Path:
+    """Ask for a file, and have it asked for at that hour."""
+    path = checkpoint_cache.cached(name, write)
+    assert path.stat().st_size == FILE_BYTES
+    os.utime(path, (3600 * hour,) * 2)
+    return path
+
+
+def names(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*/*.safetensors")}
+
+
+def test_the_longest_unused_file_makes_way(folder: Path) -> None:
+    for hour, name in enumerate(("a", "b", "c")):
+        ask(name, hour=hour)
+    assert names(folder) == {"a", "b", "c"}
+    ask("d", hour=4)
+    assert names(folder) == {"b", "c", "d"}
+
+
+def test_asking_for_a_file_is_a_use(folder: Path) -> None:
+    for hour, name in enumerate(("a", "b", "c")):
+        ask(name, hour=hour)
+    checkpoint_cache.cached("a", write)
+    ask("d", hour=4)
+    assert names(folder) == {"a", "c", "d"}
+
+
+def test_files_of_full_size_stay_and_do_not_count(folder: Path) -> None:
+    for hour, name in enumerate(("zimage-full", "flux-full-layers2", "a", "b", "c")):
+        ask(name, hour=hour)
+    assert names(folder) == {"zimage-full", "a", "b", "c", "flux-full-layers2"}
+    ask("d", hour=6)
+    assert names(folder) == {"zimage-full", "flux-full-layers2", "b", "c", "d"}
+
+
+def test_files_of_another_writing_code_are_deleted(folder: Path) -> None:
+    other = write(folder / "older" / "a.safetensors")
+    ask("a", hour=0)
+    assert not other.exists()
