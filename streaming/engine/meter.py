@@ -246,8 +246,9 @@ class Meter:
         self._note_rates(times)
 
     def forget_times(self) -> None:
-        """Take note that passes take other times from now on."""
+        """Take note that passes take other times from now on: the first ones are timed again."""
         self.best = None
+        self.begin_plan()
 
     def _note_rates(self, times: PassTimes) -> None:
         """Work out `rates`; what this pass did not show is as before, or as assumed."""

@@ -247,12 +247,10 @@ class Session:
         self._evicted.clear()
         if previous != plan:
             self.meter.begin_plan()
-            self._planned_ms = None
+            self._planned_ms, self._weighed = None, self.meter.best
         progress(self.total_bytes, self.total_bytes)
 
-    def _load_blocks(
-        self, plan: Plan, stale: list[int], marks: Marks, changed: Changed, progress: Progress
-    ) -> None:
+    def _load_blocks(self, plan: Plan, stale: list[int], marks: Marks, changed: Changed, progress: Progress) -> None:
         blocks, total = self.parts.blocks, self.total_bytes
         done = total - sum(blocks[index].weight_bytes() for index in stale)
         for index in stale:
@@ -311,22 +309,27 @@ class Session:
         return self._pipeline
 
     def measure(self) -> bool:
-        """Between passes: take the first times under this plan as soon as there are some, waiting for the device; True
-        when it did, and when later ones show that compute takes far less than the plan was made for.
+        """Between passes of a run: take the first times under this plan as soon as there are some, waiting for the
+        device; True when it did, and when later ones show that compute takes far less than the plan was made for.
         """
-        if not self.device.has_clock:
+        if not self.device.has_clock or not self.is_in_run:
             return False
         if self.meter.is_due:
             self.meter.close_trace(self.device.compute_stream())
             self.meter.collect(wait=True)
-        elif self._planned_ms is None or self.meter.best is self._weighed:
+        best = self.meter.best
+        if best is None or best is self._weighed:
             return False
-        best, self._weighed = self.meter.best, self.meter.best
-        busy_ms = best.busy_ms if best else 0.0
-        if self._planned_ms is not None and busy_ms > FAR_LESS * self._planned_ms:
+        self._weighed = best
+        if self._planned_ms is not None and best.busy_ms > FAR_LESS * self._planned_ms:
             return False
-        self._planned_ms = busy_ms
+        self._planned_ms = best.busy_ms
         return True
+
+    def forget_times(self) -> None:
+        """Take note that passes take other times from now on: the next are measured as the first were."""
+        self.meter.forget_times()
+        self._planned_ms = self._weighed = None
 
     def begin_run(self) -> None:
         """Take the memory of the ring now; otherwise the first pass does.

@@ -363,8 +363,6 @@ class StreamingModelPatcher(ModelPatcher):
     def passing(self) -> Iterator[None]:
         """The scope of one pass of a model that has no wrapper points of ComfyUI's; the ring goes at its end."""
         session = self.stream.session
-        if not session.is_running and self.stream.measure():
-            self.replan()
         try:
             with session.one_pass():
                 yield

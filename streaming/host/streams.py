@@ -167,7 +167,7 @@ class ModelStream:
         if shape != self.shape:
             self.shape, self.fitting_bytes, self.batch = shape, None, 0
             if self.is_open:
-                self.session.meter.forget_times()
+                self.session.forget_times()
 
     def measure(self) -> bool:
         """Between passes: take what the session measured, once a plan; True when it did.

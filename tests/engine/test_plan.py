@@ -99,9 +99,7 @@ def test_what_streams_is_spread_over_the_walk():
 
 def test_bytes_in_flight_follow_compute_time():
     # quick blocks cannot hide a copy, slow ones can: the link keeps pace only if the slow ones stream
-    blocks = [
-        BlockCost(f"block.{i}", 0, 80 * MIB, None, 0.0, 0.1 if i % 20 < 10 else 3.0) for i in range(100)
-    ]
+    blocks = [BlockCost(f"block.{i}", 0, 80 * MIB, None, 0.0, 0.1 if i % 20 < 10 else 3.0) for i in range(100)]
     plan = make_plan(blocks, budget_bytes=5 * GIB, rates=RATES)
     quick = sum(form.is_streamed for i, form in enumerate(plan.forms) if i % 20 < 10)
     slow = sum(form.is_streamed for i, form in enumerate(plan.forms) if i % 20 >= 10)

@@ -54,6 +54,14 @@ def test_a_run_is_planned_anew_once_and_equal(monkeypatch, load, sample, timed_c
     assert torch.equal(sample(model, steps=STEPS), expected)
 
 
+def test_what_fits_is_measured_for_each_shape(load, sample, timed_card):
+    streamed = timed_card(load("zimage", size="tiny"), 0.6, Packing.NEVER)
+    for pixels in (64, 128, 64):
+        sample(streamed, steps=STEPS, pixels=pixels)
+        assert streamed.stream.fitting_bytes is not None, pixels
+        assert streamed.stream.session.expect(streamed.stream.session.plan) is not None
+
+
 def test_a_plan_that_takes_more_than_thought_gives_it_back_at_once(monkeypatch, load, sample, timed_card):
     model = load("flux", size="tiny")
     expected = sample(model, steps=STEPS)
