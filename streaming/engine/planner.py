@@ -50,17 +50,15 @@ def make_plan(
     if prefetch < 0:
         raise ValueError(f"prefetch is {prefetch}: it is a number of blocks, or 0 to have it chosen")
     residency = Residency(blocks, outside_bytes, rates, packing, present)
-    resident = residency.plan([Form.RESIDENT] * len(blocks), 0)
+    resident = residency.plan([Form.RESIDENT] * len(blocks), 0, 0.0)
     if not stream_all and (budget_bytes is None or resident.device_bytes <= budget_bytes):
         return resident
     depths = (prefetch + 1,) if prefetch else RING_DEPTHS if rates else RING_DEPTHS[:1]
-    residency.scratch_places = SCRATCH_PLACES[-1]
-    least = residency.stream_everything(depths[0], PACES[0])
+    least = residency.stream_everything(depths[0], PACES[0], SCRATCH_PLACES[-1])
     if budget_bytes is not None and least.device_bytes > budget_bytes:
         raise BudgetTooSmall(_too_small(residency, least, min(least.device_bytes, resident.device_bytes), budget_bytes))
-    residency.scratch_places = SCRATCH_PLACES[0]
     if budget_bytes is None or stream_all:
-        wider = residency.stream_everything(depths[0], PACES[0])
+        wider = residency.stream_everything(depths[0], PACES[0], SCRATCH_PLACES[0])
         return wider if budget_bytes is None or wider.device_bytes <= budget_bytes else least
     return _best(residency, budget_bytes, depths, is_timed=rates is not None) or least
 
@@ -68,19 +66,24 @@ def make_plan(
 def _best(residency: Residency, budget_bytes: int, depths: Sequence[int], *, is_timed: bool) -> Plan | None:
     """The best plan for the budget, trying sizes of ring and scratch; None when no residents fit beside them."""
     paces = PACES if is_timed and residency.packing is Packing.AUTO else PACES[:1]
-    best, chosen = None, (depths[0], paces[0])
+    best: Plan | None = None
+    chosen = depths[0], paces[0]
     for depth, pace in itertools.product(depths, paces):
-        plan = residency.within(budget_bytes, depth, pace)
-        if plan is not None and (best is None or _rank(plan) < _rank(best)):
+        plan = residency.within(budget_bytes, depth, pace, SCRATCH_PLACES[0])
+        if _is_better(plan, best):
             best, chosen = plan, (depth, pace)
         if best is not None and best.expected and best.expected.step_ms <= NEAR_FLOOR * best.expected.floor_ms:
             break  # a larger ring holds no residents, so it has no lower floor
     if best is None or (is_timed and best.is_packed):
-        for residency.scratch_places in SCRATCH_PLACES[1:]:
-            plan = residency.within(budget_bytes, *chosen)
-            if plan is not None and (best is None or _rank(plan) < _rank(best)):
+        for scratch_places in SCRATCH_PLACES[1:]:
+            plan = residency.within(budget_bytes, *chosen, scratch_places)
+            if _is_better(plan, best):
                 best = plan
     return best
+
+
+def _is_better(plan: Plan | None, than: Plan | None) -> bool:
+    return plan is not None and (than is None or _rank(plan) < _rank(than))
 
 
 def _rank(plan: Plan) -> tuple[float, int]:

@@ -38,7 +38,7 @@ FORMS = {(form.is_streamed, form.is_packed): form for form in Form}
 
 
 class Residency:
-    """The arithmetic of one model. `scratch_places` is how many of the largest packed blocks the scratch holds."""
+    """The arithmetic of one model."""
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class Residency:
         self.rates = rates
         self.packing = packing
         self.present: Sequence[Form | None] = present or [None] * len(blocks)
-        self.scratch_places = 1.0
         is_timed = rates is not None and sum(block.span_ms for block in blocks) > 0
         self.spans = [block.span_ms if is_timed else float(block.moving_bytes) for block in blocks]
         self.compute_ms = sum(block.span_ms for block in blocks) + (rates.tail_ms if rates else 0.0)
@@ -68,7 +67,8 @@ class Residency:
 
     # -- plans from forms ----------------------------------------------------------------------------------------
 
-    def plan(self, forms: Sequence[Form], ring_bytes: int) -> Plan:
+    def plan(self, forms: Sequence[Form], ring_bytes: int, scratch_places: float) -> Plan:
+        """Add up what `forms` take, with a scratch that holds so many of the largest packed blocks."""
         kept_bytes = streamed_bytes = link_bytes = places_bytes = packed_bytes = largest_bytes = 0
         for block, form in zip(self.blocks, forms, strict=True):
             size = block.bytes_as(form)
@@ -81,7 +81,7 @@ class Residency:
             if form.is_packed:
                 packed_bytes += align(block.moving_bytes)
                 largest_bytes = max(largest_bytes, align(block.moving_bytes))
-        scratch_bytes = min(align(int(self.scratch_places * largest_bytes)), packed_bytes)
+        scratch_bytes = min(align(int(scratch_places * largest_bytes)), packed_bytes)
         return Plan(
             forms=tuple(forms),
             outside_bytes=self.outside_bytes,
@@ -107,12 +107,13 @@ class Residency:
         )
         return align(max(sizes, default=0))
 
-    def stream_everything(self, depth: int, pace: float) -> Plan:
+    def stream_everything(self, depth: int, pace: float, scratch_places: float) -> Plan:
         """The plan that takes least of the device."""
         pack, _ = self._shares(0.0, pace)
         streamed = {index for index, block in enumerate(self.blocks) if block.moving_bytes and index not in self.giants}
         forms = self._packed(streamed, pack, 0.0)
-        return self.with_forecast(self.plan(forms, depth * self.largest(is_packed=pack == 1.0)))
+        ring_bytes = depth * self.largest(is_packed=pack == 1.0)
+        return self.with_forecast(self.plan(forms, ring_bytes, scratch_places))
 
     # -- how much streams and how much is packed -----------------------------------------------------------------
 
@@ -149,12 +150,12 @@ class Residency:
         """How many bytes of weights `room_bytes` hold when the share `packed` of them is packed."""
         return min(float(self.moving_bytes), max(0.0, room_bytes) / (1 - packed * (1 - self.packed_share)))
 
-    def within(self, budget_bytes: int, depth: int, pace: float) -> Plan | None:
+    def within(self, budget_bytes: int, depth: int, pace: float, scratch_places: float) -> Plan | None:
         """A plan for the budget with a ring of `depth` places; None when the ring leaves no room."""
         held_bytes = self.outside_bytes + self.fixed_bytes
         pack, pack_kept = self._shares(budget_bytes - held_bytes - depth * self.largest(False), pace)
         ring_bytes = depth * self.largest(is_packed=pack == 1.0)
-        scratch_bytes = int(self.scratch_places * self.largest(is_packed=False)) if pack or pack_kept else 0
+        scratch_bytes = int(scratch_places * self.largest(is_packed=False)) if pack or pack_kept else 0
         room_bytes = float(budget_bytes - held_bytes - ring_bytes - scratch_bytes)
         best: Plan | None = None
         # Blocks are whole and the spread leaves some of it where the link has nothing to do, so what comes out differs
@@ -162,7 +163,7 @@ class Residency:
         low, high, slope, last = 0.0, room_bytes, 1.0, (room_bytes, 0.0)
         for _ in range(FITTING_ROUNDS):
             streamed = self.moving_bytes - self._resident_bytes(room_bytes, pack_kept)
-            plan = self.plan(self._spread(streamed, pack, pack_kept, ring_bytes), ring_bytes)
+            plan = self.plan(self._spread(streamed, pack, pack_kept, ring_bytes), ring_bytes, scratch_places)
             over_bytes = plan.device_bytes - budget_bytes
             if over_bytes <= 0 and (best is None or plan.device_bytes > best.device_bytes):
                 best = plan
@@ -175,7 +176,7 @@ class Residency:
             room_bytes -= (over_bytes + self.largest(False) / 2) / slope
             if not low < room_bytes < high:
                 room_bytes = (low + high) / 2
-        return None if best is None else self.with_forecast(self._filled(best, budget_bytes))
+        return None if best is None else self.with_forecast(self._filled(best, budget_bytes, scratch_places))
 
     def _spread(self, streamed_bytes: float, pack: float, pack_kept: float, ring_bytes: float) -> list[Form]:
         """Deal the forms out by error diffusion: each block streams as the time so far asks for.
@@ -223,7 +224,7 @@ class Residency:
             small.add(index)
         return small
 
-    def _filled(self, plan: Plan, budget_bytes: int) -> Plan:
+    def _filled(self, plan: Plan, budget_bytes: int, scratch_places: float) -> Plan:
         """Use what whole blocks left over: keep more of them, as long as they fit."""
         spare = budget_bytes - plan.device_bytes
         forms = list(plan.forms)
@@ -236,7 +237,7 @@ class Residency:
             if 0 < size <= spare:
                 forms[index] = form
                 spare -= size
-        return self.plan(forms, plan.ring_bytes)
+        return self.plan(forms, plan.ring_bytes, scratch_places)
 
 
 def _giants(blocks: Sequence[BlockCost], by_size: Sequence[int]) -> set[int]:
