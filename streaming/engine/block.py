@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .codec import Codec, align, codec_for
+from .codec import Codec, align, codec_for, rewrapped
 
 DtypeOf = Callable[[torch.nn.Module, str], torch.dtype | None]
 
@@ -39,7 +40,18 @@ class Site(NamedTuple):
 def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
     if isinstance(tensor, torch.nn.Parameter):
         return tensor
+    if is_traceable_wrapper_subclass(tensor):
+        own = rewrapped(tensor)
+        own._is_param = True  # as `Parameter` makes one of a subclass, but for its `detach`
+        return own  # type: ignore[return-value]
     return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def as_home(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of a parameter, on the same memory; a buffer as it is."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return tensor
+    return rewrapped(tensor) if is_traceable_wrapper_subclass(tensor) else tensor.data
 
 
 class Weight:
@@ -156,7 +168,7 @@ def take_apart(
     for places in sites.values():
         _, site, place = places[0]
         tensor = site.get()
-        home = tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor
+        home = as_home(tensor)
         codec = codec_for(home, dtype_of(site.module, site.name))
         weight = Weight(tuple(name for name, _, _ in places), tuple(where for _, where, _ in places), codec, home)
         shared = any(other[2] != place for other in places)

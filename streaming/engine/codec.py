@@ -46,7 +46,7 @@ class RawCodec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
-        self.decode(stored).copy_(weight)
+        self.decode(stored).copy_(weight.reshape(self.shape))  # a patched scale may have one axis more
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         flat = stored[: self.stored_bytes].view(self.dtype)
@@ -68,14 +68,18 @@ class WrapperCodec:
         return sum(align(part.stored_bytes) for _, part in self.parts)
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
+        """Raises TypeError for a weight of other parts, which this layout has no place for."""
+        found = parts_of(weight)
         for (name, part), piece in zip(self.parts, self._pieces(stored), strict=True):
-            part.encode(getattr(weight, name), piece)
+            if name not in found or codec_for(found[name]).stored_bytes != part.stored_bytes:
+                raise TypeError(
+                    f"patched values do not keep the form that {self.kind.__name__} had in its file (`{name}`): "
+                    "apply LoRAs to a file whose weights are not quantised, or quantised in another way"
+                )
+            part.encode(found[name], piece)
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        inner = {
-            name: part.decode(piece)
-            for (name, part), piece in zip(self.parts, self._pieces(stored), strict=True)
-        }
+        inner = {name: part.decode(piece) for (name, part), piece in zip(self.parts, self._pieces(stored), strict=True)}
         return self.kind.__tensor_unflatten__(inner, self.context, self.shape, self.stride)  # type: ignore[attr-defined]
 
     def _pieces(self, stored: torch.Tensor) -> list[torch.Tensor]:
@@ -116,11 +120,27 @@ class TaggedCodec:
         return self.kind(raw, tensor_type=self.tensor_type, tensor_shape=self.tensor_shape, patches=[])
 
 
+def parts_of(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that a wrapper holds, by its flatten protocol; none for a plain tensor."""
+    if not is_traceable_wrapper_subclass(weight):
+        return {}
+    names, _ = weight.__tensor_flatten__()  # before it, ComfyUI's quantised tensors lack some of these attributes
+    return {name: getattr(weight, name) for name in names}
+
+
+def rewrapped(weight: torch.Tensor) -> torch.Tensor:
+    """Another wrapper of the same parts. `detach` would give ComfyUI's quantised tensors scales of their own."""
+    _, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return weight.__tensor_unflatten__(  # type: ignore[attr-defined, no-any-return]
+        parts_of(weight), context, weight.shape, weight.stride()
+    )
+
+
 def codec_for(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Codec:
     """Choose how `weight` travels; `dtype` is the one it is converted to on its way into the slab, None for its own."""
     if is_traceable_wrapper_subclass(weight):
-        names, context = weight.__tensor_flatten__()
-        parts = tuple((name, codec_for(getattr(weight, name))) for name in names)
+        _, context = weight.__tensor_flatten__()
+        parts = tuple((name, codec_for(part)) for name, part in parts_of(weight).items())
         return WrapperCodec(type(weight), parts, context, tuple(weight.shape), tuple(weight.stride()))
     tensor_type, tensor_shape = (getattr(weight, tag, None) for tag in ("tensor_type", "tensor_shape"))
     if tensor_type is not None and tensor_shape is not None:

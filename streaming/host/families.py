@@ -81,8 +81,17 @@ NEVER_CALLED: frozenset[str] = frozenset(
     }
 )
 
-# Parts that use an int8 layer of theirs without calling it, so that only their own forward brackets it.
-FOLDING: frozenset[str] = frozenset({"lightricks.model.FeedForward", "wan.model.WanFeedForward"})
+# Parts that use an int8 layer of theirs without calling it, so that only their own forward brackets it. Those with an
+# attribute `merged_mlp` do where it is true.
+FOLDING: frozenset[str] = frozenset(
+    {
+        "lightricks.model.FeedForward",
+        "wan.model.WanFeedForward",
+        "minimax.model.MLP",
+        "minimax_music.ar.RVQMLP",
+        "text_encoders.llama.MLP",
+    }
+)
 
 LIMITS = UnitLimits()
 
@@ -144,7 +153,7 @@ def is_called(module: torch.nn.Module) -> bool:
 
 def is_whole(module: torch.nn.Module) -> bool:
     """Whether the module brackets weights that its parts would not."""
-    return _is_any_of(module, FOLDING) and is_folded(module)
+    return _is_any_of(module, FOLDING) and bool(getattr(module, "merged_mlp", True)) and is_folded(module)
 
 
 def rules_for(limits: UnitLimits) -> Rules:

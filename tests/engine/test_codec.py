@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layerstream.streaming.engine.block import as_home, as_parameter
 from layerstream.streaming.engine.codec import codec_for
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64]
@@ -117,3 +118,29 @@ def test_patched_values_for_such_a_tensor_are_refused_with_a_remedy():
     codec = codec_for(Tagged(data, tensor_type="Q8_0", tensor_shape=torch.Size((4, 32))))
     with pytest.raises(TypeError, match="patched values have no place in a Tagged: apply LoRAs"):
         codec.encode(torch.zeros(4, 32), torch.zeros(256, dtype=torch.uint8))
+
+
+def test_a_wrapper_becomes_a_parameter_over_the_same_memory():
+    """`torch.nn.Parameter` would detach it, in which ComfyUI's quantised tensors copy their scales."""
+    weight = Scaled(torch.zeros(5, 3, dtype=torch.int8), torch.rand(5))
+    parameter = as_parameter(weight)
+    assert isinstance(parameter, torch.nn.Parameter) and isinstance(parameter, Scaled)
+    assert not isinstance(weight, torch.nn.Parameter)
+    for part in ("data_", "scale"):
+        assert getattr(parameter, part) is getattr(weight, part) is getattr(as_home(parameter), part)
+
+
+def test_patched_values_of_another_form_are_refused_with_a_remedy():
+    codec = codec_for(Scaled(torch.zeros(5, 3, dtype=torch.int8), torch.rand(1)))
+    stored = torch.zeros(codec.stored_bytes, dtype=torch.uint8)
+    for patched in (torch.zeros(5, 3), Scaled(torch.zeros(5, 3, dtype=torch.int8), torch.rand(5))):
+        with pytest.raises(TypeError, match=r"do not keep the form that Scaled had in its file .*: apply"):
+            codec.encode(patched, stored)
+
+
+def test_a_patched_scale_may_have_an_axis_more():
+    weight, patched = (Scaled(torch.zeros(5, 3, dtype=torch.int8), torch.rand(shape)) for shape in ((5,), (5, 1)))
+    codec = codec_for(weight)
+    memory = torch.zeros(codec.stored_bytes, dtype=torch.uint8)
+    codec.encode(patched, memory)
+    assert torch.equal(codec.decode(memory).scale, patched.scale.view(5))
