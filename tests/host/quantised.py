@@ -7,7 +7,8 @@ be open before anything here is called.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wan21-t2v": {**MODELS["wan21-t2v"].narrow, "dim": 512, "num_heads": 4, "ffn_dim": 1024, "num_layers": 2},
     "ltxv": MODELS["ltxv"].narrow,
 }
+IN_BLOCKS = re.compile(r"(block|blocks|layers)\.\d")
 LEAST_ELEMENTS = 2**16
 INPUT_SCALE = 0.02
 
@@ -48,30 +50,30 @@ class Kind(NamedTuple):
     `computes_in_fp8`: as on a card that multiplies fp8 matrices, which a processor can too.
     """
 
-    write: Callable[[Tensors], File]
+    write: Callable[[Tensors, Sequence[str]], File]
     options: dict[str, Any] = {}
     computes_in_fp8: bool = False
     since: str = OLDER
 
 
-def plain(weights: Tensors, dtype: torch.dtype = torch.bfloat16) -> File:
-    return File({name: weight.to(dtype) for name, weight in weights.items()})
+def plain(weights: Tensors, layers: Sequence[str]) -> File:
+    return File(weights)
 
 
-def fp8_by_key(weights: Tensors, *, with_inputs: bool) -> File:
+def fp8_by_key(weights: Tensors, layers: Sequence[str], *, with_inputs: bool) -> File:
     """The older way: a tensor called `scaled_fp8` says that the layers' weights are to be multiplied with scales."""
     tensors = {"scaled_fp8": torch.zeros(0 if with_inputs else 2, dtype=torch.float8_e4m3fn), **weights}
-    for layer in layers_of(weights):
+    for layer in layers:
         tensors[f"{layer}.weight"], tensors[f"{layer}.scale_weight"] = in_fp8(weights[f"{layer}.weight"])
         if with_inputs:
             tensors[f"{layer}.scale_input"] = torch.tensor(INPUT_SCALE)
     return File(tensors)
 
 
-def fp8_by_metadata(weights: Tensors, *, with_inputs: bool) -> File:
+def fp8_by_metadata(weights: Tensors, layers: Sequence[str], *, with_inputs: bool) -> File:
     """The header's metadata name the layers and their format."""
     tensors, said = dict(weights), {}
-    for layer in layers_of(weights):
+    for layer in layers:
         tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"] = in_fp8(weights[f"{layer}.weight"])
         if with_inputs:
             tensors[f"{layer}.input_scale"] = torch.tensor(INPUT_SCALE)
@@ -79,12 +81,14 @@ def fp8_by_metadata(weights: Tensors, *, with_inputs: bool) -> File:
     return File(tensors, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": said})})
 
 
-def by_layers(weights: Tensors, layout: str, options: dict[str, Any], said: dict[str, Any]) -> File:
+def by_layers(
+    weights: Tensors, layers: Sequence[str], layout: str, options: dict[str, Any], said: dict[str, Any]
+) -> File:
     """Each layer has a tensor of its own that says its format, as the newer host saves them."""
     from comfy.quant_ops import QuantizedTensor
 
     tensors = dict(weights)
-    for layer in layers_of(weights):
+    for layer in layers:
         quantised = QuantizedTensor.from_float(tensors.pop(f"{layer}.weight"), layout, **options)
         tensors |= quantised.state_dict(f"{layer}.weight")
         tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
@@ -127,11 +131,11 @@ def in_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def layers_of(weights: Tensors) -> list[str]:
-    """The linear layers that published files quantise: those of the blocks."""
+    """The linear layers that published files quantise: the large ones of the blocks."""
     return [
         key.removesuffix(".weight")
         for key, weight in weights.items()
-        if key.endswith(".weight") and "blocks." in key and weight.ndim == 2 and weight.numel() >= LEAST_ELEMENTS
+        if key.endswith(".weight") and IN_BLOCKS.search(key) and weight.ndim == 2 and weight.numel() >= LEAST_ELEMENTS
     ]
 
 
@@ -151,7 +155,8 @@ def is_in(host: Host, kind: str) -> bool:
 
 def write(name: str, kind: str, folder: Path) -> tuple[File, Path]:
     """Write the file of a model in a kind; give what is in it and where it is."""
-    file, path = KINDS[kind].write(random_weights(name)), folder / "model.safetensors"
+    weights = random_weights(name)
+    file, path = KINDS[kind].write(weights, layers_of(weights)), folder / "model.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in file.tensors.items()}, path, file.metadata)
     return file, path
 
