@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
-from ..streaming.host.patcher import NothingToStream
-from ..streaming.host.settings import MOST_PREFETCH, Mode, StreamingSettings
+from ..streaming.host.settings import Mode, StreamingSettings
 from ..streaming.host.staged import streamed_text
-from .vram_budget import budget_input
-
-logger = logging.getLogger("layerstream")
+from .widgets import streamed_or_unchanged, streaming_inputs
 
 
 class LayerStreamClip(io.ComfyNode):
@@ -29,42 +24,7 @@ class LayerStreamClip(io.ComfyNode):
             ),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder to stream. LoRAs may come before or after this node."),
-                io.Combo.Input(
-                    "mode",
-                    options=[mode.value for mode in Mode],
-                    default=Mode.AUTO.value,
-                    tooltip=(
-                        "auto: keep as much on the card as fits and stream the rest. always: stream every layer, for "
-                        "the smallest use of the card. off: leave the text encoder as it is."
-                    ),
-                ),
-                io.Int.Input(
-                    "prefetch_blocks",
-                    default=0,
-                    min=0,
-                    max=MOST_PREFETCH,
-                    tooltip="How many of the largest layers are fetched ahead of the one that computes. 0: chosen.",
-                ),
-                io.Float.Input(
-                    "vram_gb",
-                    default=0.0,
-                    min=-64.0,
-                    max=256.0,
-                    step=0.1,
-                    tooltip=(
-                        "Most GiB of the card that the text encoder may take. 0: all that is free, with room left for "
-                        "the work. Negative: what is free less that many GiB."
-                    ),
-                ),
-                io.Int.Input(
-                    "min_free_mb",
-                    default=256,
-                    min=0,
-                    max=65536,
-                    step=64,
-                    tooltip="MiB of the card that always stay free for everything else.",
-                ),
-                budget_input(),
+                *streaming_inputs("text encoder", "layers"),
             ],
             outputs=[io.Clip.Output("clip_out", display_name="clip")],
         )
@@ -76,10 +36,4 @@ class LayerStreamClip(io.ComfyNode):
         if clip is None:
             raise ValueError("there is no text encoder: the checkpoint has none, so load one with a CLIP loader")
         settings = StreamingSettings(Mode(mode), prefetch_blocks, vram_gb, min_free_mb, budget=budget)
-        if settings.mode is Mode.OFF:
-            return io.NodeOutput(clip)
-        try:
-            return io.NodeOutput(streamed_text(clip, settings))
-        except NothingToStream as reason:
-            logger.warning("LayerStream: the text encoder passes through unchanged: %s", reason)
-            return io.NodeOutput(clip)
+        return streamed_or_unchanged("text encoder", clip, streamed_text, settings)

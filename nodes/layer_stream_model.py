@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..streaming.host.gguf_patches import streaming_patcher_for
-from ..streaming.host.patcher import NothingToStream
-from ..streaming.host.settings import MOST_PREFETCH, Mode, StreamingSettings
-from .vram_budget import budget_input
-
-logger = logging.getLogger("layerstream")
+from ..streaming.host.settings import Mode, StreamingSettings
+from .widgets import streamed_or_unchanged, streaming_inputs
 
 
 class LayerStreamModel(io.ComfyNode):
@@ -29,45 +26,7 @@ class LayerStreamModel(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model to stream. LoRAs may come before or after this node."),
-                io.Combo.Input(
-                    "mode",
-                    options=[mode.value for mode in Mode],
-                    default=Mode.AUTO.value,
-                    tooltip=(
-                        "auto: keep as much on the card as fits and stream the rest. always: stream every block, for "
-                        "the smallest use of the card. off: leave the model as it is."
-                    ),
-                ),
-                io.Int.Input(
-                    "prefetch_blocks",
-                    default=0,
-                    min=0,
-                    max=MOST_PREFETCH,
-                    tooltip=(
-                        "How many of the largest blocks are fetched ahead of the one that computes. More evens out "
-                        "uneven blocks and takes more of the card. 0: what measures best."
-                    ),
-                ),
-                io.Float.Input(
-                    "vram_gb",
-                    default=0.0,
-                    min=-64.0,
-                    max=256.0,
-                    step=0.1,
-                    tooltip=(
-                        "Most GiB of the card that this model's weights may take. 0: all that is free, with room left "
-                        "for the work. Negative: what is free less that many GiB."
-                    ),
-                ),
-                io.Int.Input(
-                    "min_free_mb",
-                    default=256,
-                    min=0,
-                    max=65536,
-                    step=64,
-                    tooltip="MiB of the card that always stay free for everything else.",
-                ),
-                budget_input(),
+                *streaming_inputs("model", "blocks"),
             ],
             outputs=[io.Model.Output("model_out", display_name="model")],
         )
@@ -77,10 +36,8 @@ class LayerStreamModel(io.ComfyNode):
         cls, model, mode: str, prefetch_blocks: int, vram_gb: float, min_free_mb: int, budget=None
     ) -> io.NodeOutput:
         settings = StreamingSettings(Mode(mode), prefetch_blocks, vram_gb, min_free_mb, budget=budget)
-        if settings.mode is Mode.OFF:
-            return io.NodeOutput(model)
-        try:
-            return io.NodeOutput(streaming_patcher_for(model).from_patcher(model, settings))
-        except NothingToStream as reason:
-            logger.warning("LayerStream: the model passes through unchanged: %s", reason)
-            return io.NodeOutput(model)
+        return streamed_or_unchanged("model", model, _stream, settings)
+
+
+def _stream(model: Any, settings: StreamingSettings) -> Any:
+    return streaming_patcher_for(model).from_patcher(model, settings)

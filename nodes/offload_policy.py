@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..streaming.host.govern import Parts, govern
 from ..streaming.host.policy import Estimation, PolicyMode, PolicySettings, Switch
-from .vram_budget import budget_input
+from .widgets import budget_input
 
 SWITCHES = [switch.value for switch in Switch]
 

@@ -7,15 +7,7 @@ from comfy_api.latest import io
 
 from ..streaming.host.budget import Budget
 from ..streaming.host.devices import device_for, why_not
-
-BudgetType = io.Custom("LAYERSTREAM_BUDGET")
-
-
-def budget_input() -> io.Input:
-    """The input with which a node is put under a budget."""
-    return BudgetType.Input(
-        "budget", optional=True, tooltip="A bound on the card that is shared with everything else connected to it."
-    )
+from .widgets import BudgetType, min_free_input, vram_input
 
 
 class VramBudget(io.ComfyNode):
@@ -32,25 +24,8 @@ class VramBudget(io.ComfyNode):
                 "a budget make way for each other."
             ),
             inputs=[
-                io.Float.Input(
-                    "vram_gb",
-                    default=0.0,
-                    min=-64.0,
-                    max=256.0,
-                    step=0.1,
-                    tooltip=(
-                        "Most GiB of the card for all connected models together. 0: what is free. Negative: what is "
-                        "free less that many GiB."
-                    ),
-                ),
-                io.Int.Input(
-                    "min_free_mb",
-                    default=256,
-                    min=0,
-                    max=65536,
-                    step=64,
-                    tooltip="MiB of the card that always stay free for everything else.",
-                ),
+                vram_input("all connected models may take together"),
+                min_free_input(),
                 io.Float.Input(
                     "ram_gb",
                     default=0.0,
