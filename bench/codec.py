@@ -11,10 +11,11 @@ import functools
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
+from bench.timing import memory_bytes_per_s, seconds
 from scripts.pack import load_pack
 
 load_pack()
@@ -38,39 +39,19 @@ def weights(device: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{str(dtype).removeprefix('torch.')} {name}", (make() * 0.02).to(dtype)
 
 
-def seconds(work: Callable[[], object], repeats: int = 20) -> list[float]:
-    """Device times of `work`, after three runs that are not counted.
-
-    Each is queued behind another run, so that the host's part of a call is not timed unless it waits for the device.
-    """
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        work()
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return times
-
-
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.codec measures a CUDA device, and there is none here")
     from layerstream.streaming.engine.packing_triton import TritonPacker
 
+    device = torch.device("cuda")
     packer = TritonPacker()
     encode, decode = packer.encode, packer.decode
 
     def decode_next(packed: torch.Tensor, layout: Layout, outputs: Iterator[torch.Tensor]) -> None:
         decode(packed, layout, next(outputs))
 
-    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    copy_s = statistics.median(seconds(lambda: big[: 1 << 29].copy_(big[1 << 29 :])))
-    memory_tb_s = (1 << 30) / copy_s / 1e12
+    memory_tb_s = memory_bytes_per_s(device, 1 << 29) / 1e12
     print(f"{torch.cuda.get_device_name()}: device copies move {memory_tb_s:.2f} TB/s, reads and writes counted")
     rows = {}
     for name, weight in weights("cuda"):
@@ -86,9 +67,9 @@ def main() -> None:
         equal = all(torch.equal(out.view(torch.int16), weight.view(torch.int16).reshape(-1)) for out in outputs)
         assert equal and torch.equal(unpack(packed).view(torch.int16), weight.view(torch.int16).reshape(-1))
         turns = itertools.cycle(outputs)
-        times = seconds(functools.partial(decode_next, packed, layout, turns))
+        times = seconds(functools.partial(decode_next, packed, layout, turns), device)
         encode_it = functools.partial(encode, weight.view(torch.uint8), room, weight.dtype)
-        encode_s = statistics.median(seconds(encode_it, repeats=5))
+        encode_s = statistics.median(seconds(encode_it, device, repeats=5))
         moved = packed.numel() + weight.nbytes
         rows[name] = {
             "ratio": packed.numel() / weight.nbytes,

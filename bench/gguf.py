@@ -15,12 +15,12 @@ import argparse
 import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench.timing import memory_bytes_per_s, seconds
 from scripts.pack import load_pack
 
 load_pack()
@@ -48,7 +48,7 @@ def main() -> None:
     device = torch.device("cuda" if is_card else "cpu")
     values = CARD_VALUES if is_card else CPU_VALUES
     name = torch.cuda.get_device_name() if is_card else "processor, plain way only"
-    memory_gb_s = measured_bandwidth(device, 1 << 29 if is_card else 1 << 24)
+    memory_gb_s = memory_bytes_per_s(device, 1 << 29 if is_card else 1 << 24) / 1e9
     print(f"{name}: copies move {memory_gb_s:.0f} GB/s, reads and writes counted; into {DTYPE}")
     rows = {}
     for kind in QUANTISED.values():
@@ -107,38 +107,6 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> None:
     differ = (found.view(bits) != expected.view(bits)) & ~(found.isnan() & expected.isnan())
     if differ.any():
         raise SystemExit(f"{int(differ.sum())} of {differ.numel()} values differ from the plain way's")
-
-
-def measured_bandwidth(device: torch.device, size_bytes: int) -> float:
-    memory = torch.empty(2 * size_bytes, dtype=torch.uint8, device=device)
-    times = seconds(lambda: memory[:size_bytes].copy_(memory[size_bytes:]), device)
-    return 2 * size_bytes / statistics.median(times) / 1e9
-
-
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> list[float]:
-    """Times of `work`, after three runs that are not counted."""
-    for _ in range(3):
-        work()
-    return list(_card_times(work, repeats) if device.type == "cuda" else _clock_times(work, repeats))
-
-
-def _card_times(work: Callable[[], object], repeats: int) -> Iterator[float]:
-    """Each run is queued behind another, so that the host's part of a call is not timed."""
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        work()
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        yield begin.elapsed_time(end) / 1000
-
-
-def _clock_times(work: Callable[[], object], repeats: int) -> Iterator[float]:
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        yield time.perf_counter() - begin
 
 
 if __name__ == "__main__":
