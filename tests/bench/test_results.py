@@ -7,8 +7,7 @@ import pytest
 
 from bench.contenders import with_references
 from bench.matrix import Case, read_case
-from scripts.measured import newest, picture, read_results, table
-from scripts.pack import ROOT
+from scripts.measured import newest, picture, table
 
 
 def row(name: str, step_s: float, ratio: float | None, **entries: Any) -> dict[str, Any]:
@@ -96,9 +95,3 @@ def test_another_librarys_reference_runs_before_what_is_compared_with_it() -> No
     assert with_references(["layerstream", "mmgp"]) == ["diffusers-resident", "layerstream", "mmgp"]
     named = ["diffusers-resident", "diffusers-group"]
     assert with_references(named) == named
-
-
-def test_the_readme_has_the_table_and_the_picture_of_the_results_that_lie_beside_it() -> None:
-    results = newest(read_results(ROOT / "bench" / "results"))
-    assert results and table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert picture(results) == (ROOT / "docs" / "images" / "measured.svg").read_text(encoding="utf-8")
