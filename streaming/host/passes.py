@@ -22,16 +22,14 @@ BATCH_MARGIN = 1.5
 
 
 def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """APPLY_MODEL: run one pass of the model inside the engine's scope; before it, act on what was measured."""
+    """APPLY_MODEL: run one pass of the model in its patcher's scope."""
     patcher = executor.class_obj.current_patcher
     stream = getattr(patcher, "stream", None)
     if stream is None or not stream.is_in_place:
         return executor(*args, **kwargs)
     if not stream.session.is_running:
         stream.batch = max(stream.batch, len(args[0]))
-        if stream.measure():
-            patcher.replan()
-    with stream.session.one_pass():
+    with patcher.passing():
         return executor(*args, **kwargs)
 
 

@@ -2,18 +2,10 @@
 
 In: a MODEL and settings. Out: a MODEL that ComfyUI's memory manager loads, unloads and clones like any other. The file
 is long because it is one contract: nearly every method answers one that ComfyUI calls.
-
-The ledger. A model has several patchers (clones, an unstreamed branch of the graph), and any of them may be loaded
-after this one without our being told. So everything done to the model is written down where ComfyUI itself looks
-before it loads: `backup` has the home tensor of each parameter that was replaced, `model_lowvram` and
-`prev_comfy_cast_weights` the modules whose casting was switched on, and `current_weight_patches_uuid` an id that is
-nobody else's. Whoever comes next restores the model from these; our device memory is held by the model's parameters
-alone and goes with them.
 """
 
 from __future__ import annotations
 
-import collections
 import logging
 import uuid
 from collections.abc import Iterator
@@ -21,11 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import comfy.model_management
-import comfy.sampler_helpers
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, move_weight_functions, wipe_lowvram_weight
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
@@ -38,15 +28,15 @@ from .casting import FLAG
 from .compiling import is_compiled, unless_streaming
 from .devices import device_for, why_not
 from .families import Family
+from .ledger import write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .planning import choose_plan, least_left
 from .settings import GIB, Mode, StreamingSettings
 from .streams import ModelStream, stream_for
+from .summary import summary
 from .telemetry import report
 
 logger = logging.getLogger("layerstream")
-
-Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # the shape of ComfyUI's own entries
 
 # Packed sizes differ a little from what was expected; more than this is planned for again.
 SMALL_EXCESS_BYTES = 32 * 1024**2
@@ -153,9 +143,9 @@ class StreamingModelPatcher(ModelPatcher):
             self._load_rest(device_to)
             self._load_plan(plan, fresh)
             stream.load_id = stream.load_id or uuid.uuid4()
-            self._write_ledger()
+            write_ledger(self)
             if fresh:
-                logger.info("LayerStream: %s", self.summary())
+                logger.info("LayerStream: %s", summary(self))
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
@@ -192,24 +182,6 @@ class StreamingModelPatcher(ModelPatcher):
         self.stream.open(is_dynamic)  # weights are known by their places in the model that nobody has patched
         super().patch_model(load_weights=False)
 
-    def replan(self) -> None:
-        """Between two passes of a run, once its first plan was measured: make a better one if there is one.
-
-        What a plan really takes of the card shows when it is loaded; what is too much is given back at once.
-        """
-        plan, session = self._choose(float("inf")), self.stream.session
-        if plan is session.plan:
-            return
-        self._load_plan(plan, fresh=True, afresh=True)
-        for _ in range(FITTING_ROUNDS):
-            session.begin_run()
-            missing_bytes = least_left(within(self.settings, self.stream)) - self.stream.note_fitting()
-            if missing_bytes <= 0 or not self.stream.device.holds_activations:
-                break
-            self._shrink(missing_bytes, afresh=True)
-        self._write_ledger()
-        logger.info("LayerStream: measured and planned anew: %s", self.summary())
-
     def _load_plan(self, plan: Plan, fresh: bool, afresh: bool = False) -> None:
         """Bring the model to `plan`. Where weights did not pack as small as thought, plan again with what is known."""
         session = self.stream.session
@@ -230,12 +202,6 @@ class StreamingModelPatcher(ModelPatcher):
         unpacked = _patched(self._marks())
         settings = within(self.settings, self.stream)
         return choose_plan(self.stream, settings, allowed_bytes, held_bytes, self._packing(), unpacked)
-
-    def make_room(self) -> None:
-        """Before a run: have other models of the same budget make way."""
-        if self.settings.budget is not None:
-            wanted_bytes = 0 if self.settings.mode is Mode.ALWAYS else self.model_size()
-            self.settings.budget.make_room(self.stream, wanted_bytes)
 
     def _packing(self) -> Packing:
         """Whether weights may be packed.
@@ -280,30 +246,6 @@ class StreamingModelPatcher(ModelPatcher):
             if name != root:
                 child.to(device_to)
 
-    def _write_ledger(self) -> None:
-        """Write down what was done to the model, in ComfyUI's own terms; see the module's docstring."""
-        stream, session, model = self.stream, self.stream.session, self.model
-        for block in (*session.parts.blocks, session.parts.outside):
-            for weight in block.weights:
-                if not weight.sites[0].is_buffer:
-                    for name in weight.keys:
-                        self.backup[self.stream.key(name)] = Backup(weight.home, False)
-        for name, module in model.named_modules():
-            if not hasattr(module, FLAG):
-                continue
-            wipe_lowvram_weight(module)
-            for kind in ("weight", "bias"):
-                functions = self.weight_wrapper_patches.get(f"{name}.{kind}")
-                if functions:
-                    getattr(module, f"{kind}_function").extend(functions)
-            move_weight_functions(module, self.load_device)
-        stream.casting.arm(model, session.parts, session.moving_modules(), always=self.force_cast_weights)
-        model.model_lowvram = True
-        model.lowvram_patch_counter = 0
-        model.device = self.load_device
-        model.model_loaded_weight_memory = session.resident_bytes
-        model.current_weight_patches_uuid = stream.load_id
-
     # -- unloading -----------------------------------------------------------------------------------------------
 
     def partially_unload(
@@ -339,7 +281,7 @@ class StreamingModelPatcher(ModelPatcher):
         except BudgetTooSmall:
             return
         self._load_plan(plan, fresh=False, afresh=afresh)
-        self._write_ledger()
+        write_ledger(self)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """Restore the model. With `unpatch_weights` its weights leave the card; the slabs stay for the next load."""
@@ -353,22 +295,49 @@ class StreamingModelPatcher(ModelPatcher):
             self.stream.load_id = None
         super().unpatch_model(device_to, unpatch_weights)
 
-    def cleanup(self) -> None:
-        """End a run: the ring goes, residents stay."""
-        super().cleanup()
-        if self.stream.is_open and not self._is_running:
-            self.stream.session.end_run()
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def make_room(self) -> None:
+        """Before a run: have other models of the same budget make way."""
+        if self.settings.budget is not None:
+            wanted_bytes = 0 if self.settings.mode is Mode.ALWAYS else self.model_size()
+            self.settings.budget.make_room(self.stream, wanted_bytes)
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """The scope of one pass of a model that has no wrapper points of ComfyUI's; the ring goes at its end."""
+        """The scope of one pass of the model, which begins by acting on what the passes before it measured."""
         session = self.stream.session
-        try:
-            with session.one_pass():
-                yield
-        finally:
-            if not session.is_running:
-                session.end_run()
+        if not session.is_running and self.stream.measure():
+            self.replan()
+        with session.one_pass():
+            yield
+
+    def replan(self) -> None:
+        """Between two passes of a run, once its first plan was measured: make a better one if there is one.
+
+        What a plan really takes of the card shows when it is loaded; what is too much is given back at once.
+        """
+        plan, session = self._choose(float("inf")), self.stream.session
+        if plan is session.plan:
+            return
+        self._load_plan(plan, fresh=True, afresh=True)
+        for _ in range(FITTING_ROUNDS):
+            session.begin_run()
+            missing_bytes = least_left(within(self.settings, self.stream)) - self.stream.note_fitting()
+            if missing_bytes <= 0 or not self.stream.device.holds_activations:
+                break
+            self._shrink(missing_bytes, afresh=True)
+        write_ledger(self)
+        logger.info("LayerStream: measured and planned anew: %s", summary(self))
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        self.end_run()
+
+    def end_run(self) -> None:
+        """After a run: the ring goes, residents stay."""
+        if self.stream.is_open and not self._is_running:
+            self.stream.session.end_run()
 
     @property
     def _is_running(self) -> bool:
@@ -381,38 +350,6 @@ class StreamingModelPatcher(ModelPatcher):
         super().patch_hooks(hooks)
 
     # -- telling -------------------------------------------------------------------------------------------------
-
-    def summary(self) -> str:
-        """One line: what was achieved."""
-        session, plan = self.stream.session, self.stream.session.plan
-        assert plan is not None
-        name = f"{type(self.model).__name__} ({self.stream.device.name})"
-        if plan.is_resident:
-            return f"{name}: fits, {session.resident_bytes / GIB:.2f} GiB resident, nothing streams"
-        return (
-            f"{name}: {len(session.parts.blocks)} blocks, {session.resident_bytes / GIB:.2f} GiB resident, "
-            f"{plan.streamed_bytes / GIB:.2f} GiB streamed a step {self._form()}, "
-            f"ring {plan.ring_bytes / GIB:.2f} GiB, host {session.host_bytes / GIB:.2f} GiB"
-        )
-
-    def _form(self) -> str:
-        """How the weights travel, and why not packed."""
-        session = self.stream.session
-        assert session.plan is not None
-        if session.is_packed:
-            kept = session.packed_resident_bytes
-            also = f", {kept / GIB:.2f} GiB of residents packed" if kept else ""
-            return f"as {session.link_bytes / GIB:.2f} GiB, packed{also}"
-        expected = session.expect(session.plan)
-        if expected is None or expected.limit == "compute":
-            return "raw"
-        if self.stream.device.packer is None:
-            return "raw (packing needs Triton)"
-        if self.hook_patches:
-            return "raw (scheduled hooks change weights)"
-        if not self.stream.has_room_for_packed():
-            return "raw (packing needs more free RAM)"
-        return "raw (these weights do not pack)"
 
     def streaming_report(self) -> dict[str, Any]:
         """Figures of this model's streaming, ready for JSON, as `telemetry.report` has them."""

@@ -56,6 +56,8 @@ class StagedText:
             self._scope.close()  # nothing can be loaded inside a pass
         patcher = super().load_model(*args, **kwargs)  # type: ignore[misc]
         if self._scope is not None and isinstance(patcher, StreamingModelPatcher):
+            # ComfyUI tells the end of a run of diffusion models only.
+            self._scope.callback(patcher.end_run)
             self._scope.enter_context(patcher.passing())
         return patcher
 
@@ -214,9 +216,7 @@ def sample_in_stage(executor: Any, noise: Any, *args: Any, **kwargs: Any) -> Any
         return executor(noise, *args, **kwargs)
 
 
-def _copy_as(
-    mixin: type, original: Any, patcher: Any, component: Component | None, estimation: Estimation
-) -> Any:
+def _copy_as(mixin: type, original: Any, patcher: Any, component: Component | None, estimation: Estimation) -> Any:
     kind = type(original)
     if not issubclass(kind, mixin):
         kind = type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})

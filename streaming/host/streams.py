@@ -57,7 +57,7 @@ class ModelStream:
     """A session with what the host needs to know of it.
 
     `load_id` is the identity that the model carries in `current_weight_patches_uuid` while our weights are in it;
-    ComfyUI takes any id that is not its own as a reason to restore the model from the ledger, see `patcher.py`.
+    ComfyUI takes any id that is not its own as a reason to restore the model from the ledger, see `ledger.py`.
     """
 
     model: torch.nn.Module

@@ -1,0 +1,48 @@
+"""The ledger: what streaming did to a model, written down where ComfyUI itself looks before it loads.
+
+In: a streaming patcher whose plan was just loaded. Out: entries of the patcher and attributes of the model. A model has
+several patchers (clones, an unstreamed branch of the graph), and any of them may be loaded after this one without our
+being told. So `backup` has the home tensor of each parameter that was replaced, `model_lowvram` and
+`prev_comfy_cast_weights` the modules whose casting was switched on, and `current_weight_patches_uuid` an id that is
+nobody else's. Whoever comes next restores the model from these; our device memory is held by the model's parameters
+alone and goes with them.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import TYPE_CHECKING
+
+from comfy.model_patcher import move_weight_functions, wipe_lowvram_weight
+
+from .casting import FLAG
+
+if TYPE_CHECKING:
+    from .patcher import StreamingModelPatcher
+
+Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # the shape of ComfyUI's own entries
+
+
+def write_ledger(patcher: StreamingModelPatcher) -> None:
+    """Bring the ledger of `patcher` up to date, hang its weight wrappers on their layers and switch casting on."""
+    stream, session, model = patcher.stream, patcher.stream.session, patcher.model
+    for block in (*session.parts.blocks, session.parts.outside):
+        for weight in block.weights:
+            if not weight.sites[0].is_buffer:
+                for name in weight.keys:
+                    patcher.backup[stream.key(name)] = Backup(weight.home, False)
+    for name, module in model.named_modules():
+        if not hasattr(module, FLAG):
+            continue
+        wipe_lowvram_weight(module)
+        for kind in ("weight", "bias"):
+            functions = patcher.weight_wrapper_patches.get(f"{name}.{kind}")
+            if functions:
+                getattr(module, f"{kind}_function").extend(functions)
+        move_weight_functions(module, patcher.load_device)
+    stream.casting.arm(model, session.parts, session.moving_modules(), always=patcher.force_cast_weights)
+    model.model_lowvram = True
+    model.lowvram_patch_counter = 0
+    model.device = patcher.load_device
+    model.model_loaded_weight_memory = session.resident_bytes
+    model.current_weight_patches_uuid = stream.load_id
