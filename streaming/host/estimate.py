@@ -23,25 +23,11 @@ logger = logging.getLogger("layerstream")
 
 
 def decode_bytes(vae: Any, samples: torch.Tensor, estimation: Estimation = Estimation.FORMULA) -> int:
-    shape = _decode_shape(vae, samples)
-    return _estimate(
-        estimation,
-        vae.first_stage_model,
-        ("decode", tuple(shape[1:]), vae.vae_dtype),
-        lambda: dryrun.decode(vae, shape),
-        lambda: vae.memory_used_decode(shape, vae.vae_dtype),
-    )
+    return _vae_bytes("decode", vae, _decode_shape(vae, samples), dryrun.decode, vae.memory_used_decode, estimation)
 
 
 def encode_bytes(vae: Any, pixels: torch.Tensor, estimation: Estimation = Estimation.FORMULA) -> int:
-    shape = _encode_shape(vae, pixels)
-    return _estimate(
-        estimation,
-        vae.first_stage_model,
-        ("encode", tuple(shape[1:]), vae.vae_dtype),
-        lambda: dryrun.encode(vae, shape),
-        lambda: vae.memory_used_encode(shape, vae.vae_dtype),
-    )
+    return _vae_bytes("encode", vae, _encode_shape(vae, pixels), dryrun.encode, vae.memory_used_encode, estimation)
 
 
 def text_bytes(clip: Any, tokens: Any, estimation: Estimation = Estimation.FORMULA) -> int:
@@ -118,6 +104,24 @@ def _estimate(
             )
     size_bytes = found[work]
     return int(formula()) if size_bytes is None else size_bytes
+
+
+def _vae_bytes(
+    kind: str,
+    vae: Any,
+    shape: torch.Size,
+    prepare: Callable[[Any, torch.Size], dryrun.Work],
+    formula: Callable[[torch.Size, torch.dtype], float],
+    estimation: Estimation,
+) -> int:
+    """What work of `kind` on an input of `shape` needs; `formula` is ComfyUI's."""
+    return _estimate(
+        estimation,
+        vae.first_stage_model,
+        (kind, tuple(shape[1:]), vae.vae_dtype),
+        lambda: prepare(vae, shape),
+        lambda: formula(shape, vae.vae_dtype),
+    )
 
 
 def _decode_shape(vae: Any, samples: torch.Tensor) -> torch.Size:

@@ -117,7 +117,7 @@ def is_streamed(patcher: Any) -> bool:
     return isinstance(stream, ModelStream) and stream.is_in_place
 
 
-class HostMemory(NamedTuple):
+class RamUse(NamedTuple):
     """Bytes of RAM: all and free, and of them the slabs of streamed models, and those the device can read directly."""
 
     ram_total_bytes: int
@@ -126,11 +126,11 @@ class HostMemory(NamedTuple):
     page_locked_bytes: int
 
 
-def host_memory(streams: Sequence[ModelStream]) -> HostMemory:
+def ram_use(streams: Sequence[ModelStream]) -> RamUse:
     """What streaming holds of RAM."""
     ram = psutil.virtual_memory()
     sessions = [stream.session for stream in streams]
-    return HostMemory(
+    return RamUse(
         ram.total,
         ram.available,
         sum(session.host_bytes for session in sessions),

@@ -12,20 +12,15 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.forecast import Form
 from ..engine.meter import PassTimes
 from ..engine.plan import Plan
-from .memory import Card, host_memory, is_streamed, loaded_patchers
+from .memory import Card, is_streamed, loaded_patchers, ram_use
 from .streams import ModelStream, live_streams
 
 # One letter a block: how its weights are kept, and over it what the pipeline does with it.
-RESIDENT, RESIDENT_PACKED, STREAMED, STREAMED_PACKED = "r", "p", "s", "z"
+LETTERS = {Form.RESIDENT: "r", Form.RESIDENT_PACKED: "p", Form.STREAMED: "s", Form.STREAMED_PACKED: "z"}
 FETCHED, RUNNING = "f", "c"
-LETTERS = {
-    (False, False): RESIDENT,
-    (False, True): RESIDENT_PACKED,
-    (True, False): STREAMED,
-    (True, True): STREAMED_PACKED,
-}
 
 
 @dataclass
@@ -57,7 +52,7 @@ class Observer:
             "time_s": time.time(),
             "run": run,
             "card": card._asdict() if card else None,
-            "host": host_memory(streams)._asdict(),
+            "host": ram_use(streams)._asdict(),
             "models": [_model(patcher) for patcher in loaded_patchers()],
             "sessions": [_session(stream, seen) for stream, seen in zip(streams, known, strict=True)],
         }
@@ -70,7 +65,7 @@ class Observer:
         if is_new or not (is_in_run and known.is_in_run):
             known.resident_bytes = session.resident_bytes if is_in_place else 0
         if is_new:
-            known.letters = "".join(LETTERS[form.value] for form in plan.forms) if plan else ""
+            known.letters = "".join(LETTERS[form] for form in plan.forms) if plan else ""
             known.version += 1
             known.plan, known.times, known.is_in_place = plan, times, is_in_place
         known.is_in_run = is_in_run
