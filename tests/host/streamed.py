@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from layerstream.streaming.engine import meter
 from layerstream.streaming.engine.block import take_apart
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.plan import GIB, Packing
@@ -22,6 +23,16 @@ def on_simulated_card(monkeypatch, seed: int = 0, size_gib: float = CARD_GIB, is
     monkeypatch.setenv(PACKED_VARIABLE, "1" if is_packed else "0")
     monkeypatch.setenv(SIMULATE_VARIABLE, str(size_gib))
     monkeypatch.setenv(SEED_VARIABLE, str(seed))
+
+
+def believe_times(monkeypatch, streamed: StreamingModelPatcher, share: float) -> None:
+    """Have the card of `streamed` give times that plans are made by, and room for no more than a share of its model."""
+    device = streamed.stream.device
+    limit = int(share * streamed.model_size())
+    monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
+    monkeypatch.setattr(device, "has_clock", True)
+    monkeypatch.setattr(device, "holds_activations", True, raising=False)
+    monkeypatch.setattr(device, "free_bytes", lambda: limit - device.used_bytes)
 
 
 def stream(model, kept: float, prefetch: int = 1) -> StreamingModelPatcher:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import comfy.sampler_helpers
 import pytest
 import torch
-from layerstream.streaming.engine import meter
 from layerstream.streaming.engine.plan import Packing
 from layerstream.streaming.host import patcher
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import Mode, StreamingSettings
 
-from streamed import on_simulated_card
+from streamed import believe_times, on_simulated_card
 
 STEPS = 7
 
@@ -20,17 +19,12 @@ STEPS = 7
 def timed_card(monkeypatch):
     """A simulated card whose times are believed and whose link is slow, with room for a share of a model."""
     on_simulated_card(monkeypatch, is_packed=True)
-    monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
-    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (0, 0))
 
     def give(model, share: float, packing: Packing) -> StreamingModelPatcher:
         settings = StreamingSettings(Mode.AUTO, min_free_mib=0, packing=packing)
         streamed = StreamingModelPatcher.from_patcher(model, settings)
-        device = streamed.stream.device
-        limit = int(share * streamed.model_size())
-        monkeypatch.setattr(device, "has_clock", True)
-        monkeypatch.setattr(device, "holds_activations", True, raising=False)
-        monkeypatch.setattr(device, "free_bytes", lambda: limit - device.used_bytes)
+        believe_times(monkeypatch, streamed, share)
+        monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (0, 0))
         return streamed
 
     return give

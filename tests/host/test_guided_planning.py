@@ -1,0 +1,147 @@
+"""Guided runs: conditional and unconditional in one batch, or one walk for each, whichever moves fewer bytes."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.sampler_helpers
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from layerstream.streaming.engine.plan import BudgetTooSmall, Packing, Plan
+from layerstream.streaming.engine.simulated import SimulatedDevice
+from layerstream.streaming.host.families import Family
+from layerstream.streaming.host.patcher import StreamingModelPatcher
+from layerstream.streaming.host.planning import choose_plan
+from layerstream.streaming.host.settings import GIB, MIB, StreamingSettings
+from layerstream.streaming.host.streams import ModelStream, Way
+
+from streamed import believe_times, on_simulated_card
+
+BLOCKS = 20
+CARD_BYTES = 40 * MIB
+SETTINGS = StreamingSettings(min_free_mib=0)
+ASKS_PATCHER = hasattr(ModelPatcher, "get_free_memory")
+"""Whether this ComfyUI asks a model's patcher whether a batch fits."""
+
+
+@pytest.fixture
+def planned():
+    """The stream of a model of 20 blocks of 1 MiB on a card of 40 MiB."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(BLOCKS)))
+    device = SimulatedDevice(CARD_BYTES)
+    device.holds_activations = True
+    found = ModelStream(model, device, Family("any", list(model.named_children()), True), root="")
+    found.open(is_dynamic=False)
+    return found
+
+
+def choose(stream: ModelStream, settings: StreamingSettings = SETTINGS, allowed_bytes: float = math.inf) -> Plan:
+    return choose_plan(stream, settings, allowed_bytes, held_bytes=0, packing=Packing.NEVER, unpacked=())
+
+
+def needing(both_mib: int, single_mib: int) -> tuple[Way, ...]:
+    """The ways of a guided run whose batch of both needs one figure besides weights, and each half the other."""
+    return Way(1, both_mib * MIB, is_batch=True), Way(2, single_mib * MIB)
+
+
+def test_one_batch_where_two_walks_would_move_more(planned):
+    planned.estimates = needing(both_mib=34, single_mib=27)  # 14 MiB streamed once, or about 9 twice
+    assert choose(planned).streamed_bytes > 10 * MIB
+    assert planned.budget_bytes == CARD_BYTES - 34 * MIB
+
+
+def test_two_walks_where_one_batch_would_move_more(planned):
+    planned.estimates = needing(both_mib=34, single_mib=24)  # 16 MiB streamed once, or about 6 twice
+    assert choose(planned).streamed_bytes < 8 * MIB
+    assert planned.budget_bytes == CARD_BYTES - 24 * MIB
+
+
+def test_two_walks_where_one_batch_leaves_too_little_for_the_model(planned, caplog):
+    planned.estimates = needing(both_mib=39, single_mib=30)
+    assert choose(planned).device_bytes <= 10 * MIB
+    assert planned.budget_bytes == CARD_BYTES - 30 * MIB
+    assert not caplog.records
+
+
+def test_where_no_way_leaves_enough_the_least_is_tried_and_said(planned, caplog):
+    planned.estimates = needing(both_mib=40, single_mib=39)
+    assert choose(planned) == planned.session.propose(None, prefetch=1, stream_all=True, packing=Packing.NEVER)
+    assert "Trying with the least possible" in caplog.text
+
+
+def test_a_figure_of_ones_own_is_taken_as_it_is_and_refused_where_it_is_too_small(planned):
+    planned.estimates = needing(both_mib=40, single_mib=39)
+    assert choose(planned, StreamingSettings(vram_gib=8 * MIB / GIB, min_free_mib=0)).device_bytes <= 8 * MIB
+    assert planned.budget_bytes == 8 * MIB
+    with pytest.raises(BudgetTooSmall, match="raise the budget"):
+        choose(planned, StreamingSettings(vram_gib=1 * MIB / GIB, min_free_mib=0))
+
+
+def test_what_comfyui_grants_bounds_every_way_until_a_run_has_shown_what_fits(planned):
+    planned.estimates = needing(both_mib=30, single_mib=20)
+    choose(planned, allowed_bytes=6 * MIB)
+    assert planned.budget_bytes == 6 * MIB
+    planned.fitting_bytes, planned.compute_bytes = 12 * MIB, 20 * MIB
+    choose(planned, allowed_bytes=6 * MIB)
+    assert planned.budget_bytes > 6 * MIB
+
+
+def test_what_was_seen_to_fit_replaces_the_estimate_where_the_batch_is_not_split(planned):
+    """ComfyUI 0.3.75 goes by its estimate alone, so a batch gets the room that it asks for."""
+    planned.estimates = needing(both_mib=30, single_mib=29)
+    planned.fitting_bytes, planned.compute_bytes = 15 * MIB, 20 * MIB
+    planned.batch = planned.whole_batch = 2
+    assert planned.is_batch_sure == ASKS_PATCHER
+    choose(planned)
+    assert planned.budget_bytes == (15 * MIB if ASKS_PATCHER else 10 * MIB)
+    planned.batch = 1  # it was split then, so a batch is still ComfyUI's to decide by its estimate
+    assert not planned.is_batch_sure
+    choose(planned)
+    assert planned.budget_bytes == 10 * MIB
+
+
+def test_what_was_seen_to_fit_does_not_where_more_is_in_the_way_now(planned):
+    planned.fitting_bytes, planned.compute_bytes = 15 * MIB, 20 * MIB
+    neighbour = planned.device.allocate(8 * MIB)
+    choose(planned)
+    assert planned.budget_bytes == CARD_BYTES - neighbour.nbytes - 20 * MIB
+    choose(planned, StreamingSettings(min_free_mib=3))
+    assert planned.budget_bytes == CARD_BYTES - neighbour.nbytes - 20 * MIB - 3 * MIB
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_a_run_is_estimated_in_the_ways_that_it_can_go(monkeypatch, load, sample, cfg):
+    on_simulated_card(monkeypatch, seed=17)
+    streamed = StreamingModelPatcher.from_patcher(load("flux", size="tiny"), SETTINGS)
+    monkeypatch.setattr(streamed.stream.device, "holds_activations", True, raising=False)
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (40.0, 25.0))
+    sample(streamed, cfg=cfg, steps=1)
+    split = (Way(2, 25),) if cfg > 1.0 else (Way(1, 25),)
+    assert streamed.stream.estimates == ((Way(1, 60, is_batch=True), *split) if cfg > 1.0 else split)
+    assert streamed.stream.whole_batch == (2 if cfg > 1.0 else 1)
+
+
+@pytest.mark.skipif(not ASKS_PATCHER, reason="this ComfyUI does not ask the patcher")
+def test_halves_that_ran_in_one_batch_do_again_whatever_is_free_and_others_do_not(monkeypatch, load, sample):
+    """A plan fills the card beside what compute took, so that by the estimate no batch fits any more."""
+    on_simulated_card(monkeypatch, seed=18)
+    streamed = StreamingModelPatcher.from_patcher(load("flux", size="tiny"), SETTINGS)
+    believe_times(monkeypatch, streamed, 0.7)
+    free_bytes = 0.0
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: free_bytes)
+    batches: list[int] = []
+    streamed.model.diffusion_model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+
+    def run(pixels: int) -> list[int]:
+        batches.clear()
+        sample(streamed, cfg=4.0, steps=4, pixels=pixels)
+        assert streamed.stream.fitting_bytes is not None
+        return list(batches)
+
+    assert run(96) == [1] * 8 and run(96) == [1] * 8
+    free_bytes = math.inf
+    assert run(64) == [2] * 4
+    free_bytes = 0.0
+    assert run(64) == [2] * 4
+    assert run(96) == [1] * 8, "another kind of run is estimated for itself"
