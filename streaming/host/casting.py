@@ -35,7 +35,7 @@ class CastSwitch:
             if hasattr(module, FLAG) and (always or module in streamed):
                 setattr(module, OWN_FLAG, getattr(module, FLAG))
                 setattr(module, FLAG, True)
-        self._tables = {block: [] if always else _switchable(block, streamed) for block in parts.blocks}
+        self._tables = {block: [] if always else _switchable(block) for block in parts.blocks}
 
     def note_bound(self, block: Block, is_bound: bool) -> None:
         """Take note that the weights of `block` are on the card now, or in RAM again."""
@@ -43,8 +43,7 @@ class CastSwitch:
             table[FLAG] = not is_bound
 
 
-def _switchable(block: Block, streamed: Container[torch.nn.Module]) -> list[dict[str, object]]:
+def _switchable(block: Block) -> list[dict[str, object]]:
     """The attributes of the modules of `block` that cast only because they stream."""
-    casting = (module for module in block.module.modules() if module in streamed)
     # Written to directly: setting an attribute of a module the usual way takes a microsecond.
-    return [module.__dict__ for module in casting if not getattr(module, OWN_FLAG, True)]
+    return [module.__dict__ for module in block.module.modules() if not getattr(module, OWN_FLAG, True)]

@@ -159,20 +159,36 @@ def test_a_patcher_that_dies_while_loaded_leaves_a_model_that_works(card, load, 
 def test_layers_cast_while_their_weights_are_in_ram_and_not_while_they_are_on_the_card(card):
     model = build_tiny_model(FAMILY, dtype=torch.float32)  # on a processor other weights are always cast
     expected = sample_tiny(model, FAMILY)
-    streamed = stream(model, 0.0)
-    seen, handles = [], []
-    for module in model.model.diffusion_model.modules():
+    streamed = stream(model, 0.3)
+    result, seen = seen_casting(streamed)
+    assert torch.equal(result, expected)
+    assert len(seen) > 10 and not any(seen.values())
+    moving = streamed.stream.session.moving_modules()
+    layers = [module for module in model.model.modules() if hasattr(module, "comfy_cast_weights")]
+    assert {module.comfy_cast_weights for module in layers if module in moving} == {True}
+    assert {module.comfy_cast_weights for module in layers if module not in moving} == {False}
+
+
+def test_layers_that_are_told_to_cast_do_so_on_the_card_too(card):
+    """Weights in another type than ComfyUI is told to compute in."""
+    model = build_tiny_model(FAMILY, dtype=torch.float32)
+    told = model.clone()
+    told.set_model_compute_dtype(torch.bfloat16)
+    expected = sample_tiny(told, FAMILY)
+    assert not torch.equal(expected, sample_tiny(model, FAMILY))
+    result, seen = seen_casting(stream(told, 0.3))
+    assert torch.equal(result, expected)
+    assert all(seen.values())
+
+
+def seen_casting(streamed) -> tuple[torch.Tensor, dict[torch.nn.Module, bool]]:
+    """Sample, and give which linear layers cast as they ran."""
+    seen, handles = {}, []
+    for module in streamed.model.diffusion_model.modules():
         if isinstance(module, torch.nn.Linear):
-            handles.append(module.register_forward_pre_hook(lambda module, args: seen.append((module, casts(module)))))
+            note = module.register_forward_pre_hook(lambda module, _: seen.update({module: module.comfy_cast_weights}))
+            handles.append(note)
     result = sample_tiny(streamed, FAMILY)
     for handle in handles:
         handle.remove()
-    moving = streamed.stream.session.moving_modules()
-    inside = [is_casting for module, is_casting in seen if module in moving]
-    assert inside and not any(inside)
-    assert all(casts(module) for module in moving if hasattr(module, "comfy_cast_weights"))
-    assert torch.equal(result, expected)
-
-
-def casts(module) -> bool:
-    return module.comfy_cast_weights
+    return result, seen
