@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
+import comfy.model_management
 import comfy.sd
+import pytest
 import torch
 
 
@@ -25,3 +29,36 @@ def make_lora(model, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
 def apply(model, lora, strength: float):
     """As the node LoraLoaderModelOnly does."""
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def assert_survives_faults(patched, sample, expected: torch.Tensor) -> None:
+    """The run after one that ran out of memory, or was interrupted, in the middle of a block gives `expected`."""
+    for error in (torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException):
+
+        def fail(*_, error=error):
+            raise error("in mid-block")
+
+        handle = _at_a_block(patched, fail)
+        with pytest.raises(error):
+            sample(patched)
+        handle.remove()
+        comfy.model_management.unload_all_models()
+        assert torch.equal(sample(patched), expected)
+
+
+def assert_survives_a_retry(patched, sample, expected: torch.Tensor) -> None:
+    """A run that gets memory at its second try gives `expected`."""
+    tries = itertools.count()
+
+    def fail(*_):
+        if next(tries) == 0:
+            raise torch.OutOfMemoryError("in mid-block")
+
+    handle = _at_a_block(patched, fail)
+    assert torch.equal(sample(patched), expected)
+    handle.remove()
+    assert next(tries) > 1
+
+
+def _at_a_block(patched, function):
+    return patched.model.diffusion_model.single_blocks[1].linear1.register_forward_hook(function)

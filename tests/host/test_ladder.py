@@ -71,13 +71,18 @@ def test_evicting_what_is_idle(parts, sample, caplog):
     shortage.end()
 
 
-def test_demoting_residents(parts, sample, caplog):
+@pytest.mark.parametrize(
+    ("share", "rungs"),
+    [(0.8, (Rung.EVICT, Rung.DEMOTE)), (0.2, (Rung.EVICT, Rung.DEMOTE, Rung.PREFETCH, Rung.STREAM))],
+    ids=["some", "all"],
+)
+def test_residents_that_are_too_many_leave(parts, sample, caplog, share, rungs):
     expected = sample(parts.model)
     patcher = streaming(parts.model)
-    most = 0.8 * patcher.model_size()
+    most = share * patcher.model_size()
     shortage = Shortage(parts.model.model.diffusion_model, lambda *_: held_bytes(patcher) > most)
     assert torch.equal(sample(patcher), expected)
-    assert told(caplog) == lines(Rung.EVICT, Rung.DEMOTE)
+    assert told(caplog) == lines(*rungs)
     assert 0 < patcher.stream.session.resident_bytes <= most
     again = shortage.times
     assert torch.equal(sample(patcher), expected) and shortage.times == again
@@ -115,16 +120,6 @@ def test_splitting_guidance(parts, sample, caplog):
     assert told(caplog) == lines(Rung.EVICT, Rung.DEMOTE, Rung.PREFETCH, Rung.SPLIT)
     assert batches[-4:] == [1, 1, 1, 1], "two steps of two halves"
     assert patcher.streaming_report()["rungs"] == ["demote", "evict", "prefetch", "split"]
-    shortage.end()
-
-
-def test_streaming_everything(parts, sample, caplog):
-    expected = sample(parts.model)
-    patcher = streaming(parts.model)
-    most = 0.2 * patcher.model_size()
-    shortage = Shortage(parts.model.model.diffusion_model, lambda *_: held_bytes(patcher) > most)
-    assert torch.equal(sample(patcher), expected)
-    assert told(caplog) == lines(Rung.EVICT, Rung.DEMOTE, Rung.PREFETCH, Rung.STREAM)
     shortage.end()
 
 
