@@ -51,7 +51,8 @@ class MovingBlock:
     """A block whose weights from `cut` on are brought or restored each time it runs.
 
     `source` is what crosses the link, packed if there is a `layout`; None for a block that is kept packed on the
-    device. `raw_bytes` is what it is when it runs.
+    device. `raw_bytes` is what it is when it runs. A packed block that holds changed weights `differs` from the home
+    tensors that stand in its module while it does not run.
     """
 
     block: Block
@@ -59,6 +60,7 @@ class MovingBlock:
     raw_bytes: int
     source: torch.Tensor | None
     layout: Layout | None
+    differs: bool = False
 
     def kept(self) -> torch.Tensor:
         """The packed bytes on the device. Only the module's own tensor holds them: whoever replaces it frees them."""
@@ -90,36 +92,44 @@ class BlockLoader:
         A block that turns out not worth packing is left raw where it was to be.
         """
         cut = cut_of(block)
-        raw_bytes = block.weight_bytes() - block.offset_of(cut)
         if not form.is_packed:
             return self._place_raw(index, block, cut, form, mark, changed)
-        assert mark is None, "patched weights are not packed: the host's own tensors must hold them too"
         slab = self.store.get(index)
-        if form.is_streamed and slab is not None and slab.layout is not None:
-            return self._placed(MovingBlock(block, cut, raw_bytes, slab.stored, slab.layout))
-        packed = self._pack(index, block, cut)
+        if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
+            return self._placed(block, cut, slab.stored, slab.layout, mark)
+        packed = self._pack(index, block, cut, mark, changed)
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
         room, layout = packed
         self.store.drop(index)
         if form.is_streamed:
             slab = self.store.build(index, block.offset_of(cut), layout.stored_bytes, layout)
+            self._marks[index] = mark
             slab.stored.copy_(room)
-            return self._placed(MovingBlock(block, cut, raw_bytes, slab.stored, slab.layout))
+            return self._placed(block, cut, slab.stored, layout, mark)
         kept = self._device.allocate(layout.stored_bytes)
         kept.copy_(room)
-        return self._placed(MovingBlock(block, cut, raw_bytes, None, layout), kept)
+        return self._placed(block, cut, None, layout, mark, kept)
 
-    def _placed(self, moving: MovingBlock, kept: torch.Tensor | None = None) -> MovingBlock:
+    def _placed(
+        self,
+        block: Block,
+        cut: int,
+        source: torch.Tensor | None,
+        layout: Layout,
+        mark: Hashable,
+        kept: torch.Tensor | None = None,
+    ) -> MovingBlock:
         """Put the home tensors into the module, the first one carrying what is kept on the device."""
-        for weight in moving.block.weights[moving.cut :]:
+        for weight in block.weights[cut:]:
             weight.put(weight.home)
         if kept is not None:
-            weight = moving.block.weights[moving.cut]
+            weight = block.weights[cut]
             own = as_parameter(weight.home) if not weight.sites[0].is_buffer else weight.home.detach()
             setattr(own, KEPT, kept)
             weight.put(own)
-        return moving
+        raw_bytes = block.weight_bytes() - block.offset_of(cut)
+        return MovingBlock(block, cut, raw_bytes, source, layout, differs=mark is not None)
 
     # -- raw -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +214,9 @@ class BlockLoader:
 
     # -- packed --------------------------------------------------------------------------------------------------
 
-    def _pack(self, index: int, block: Block, cut: int) -> tuple[torch.Tensor, Layout] | None:
+    def _pack(
+        self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed
+    ) -> tuple[torch.Tensor, Layout] | None:
         """Pack the moving weights on the device; give the bytes, in memory of the next call; None if it is no gain."""
         packer, dtype = self._device.packer, packable_dtype(block)
         assert packer is not None and dtype is not None
@@ -213,13 +225,14 @@ class BlockLoader:
         if self.packed_bytes.get(index) == size:
             return None
         raw, room = self._workspace(size, dtype)
-        slab = self._valid_slab(index, None)
+        slab = self._valid_slab(index, mark)
         if slab is not None:
             raw.copy_(slab.stored)
         else:
             raw.zero_()  # the gaps between weights are packed too
             for weight in block.weights[cut:]:
-                store_weight(weight, None, raw[weight.offset - base :])
+                store_weight(weight, changed(weight), raw[weight.offset - base :])
+                weight.put(weight.home)
         layout = packer.encode(raw, room, dtype)
         is_gain = layout.stored_bytes <= WORTH_PACKING * size
         self.packed_bytes[index] = layout.stored_bytes if is_gain else size

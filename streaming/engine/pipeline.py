@@ -148,9 +148,14 @@ class Pipeline:
 
     def _arrive(self, index: int) -> None:
         place = self._called_for(index)
-        if place is None:
+        if place is not None:
+            views = self._views_of(index, place.memory)
+        else:  # it runs inside another one
             self._meter.current.unplaced += 1
-            return  # it runs inside another one; its host tensors are in its module, and the host casts those
+            if not self._moving[index].differs:
+                return  # its host tensors are in its module, and the host casts those
+            place = self._aside(index)
+            views = self._view(index, place.memory)
         visit = self._meter.visit(index)
         if visit is not None:
             visit.asked.record(self._compute)
@@ -159,7 +164,7 @@ class Pipeline:
         if visit is not None:
             visit.running.record(self._compute)
         before = []
-        for weight, tensor in self._views_of(index, place.memory):
+        for weight, tensor in views:
             before.append((weight, weight.current()))
             weight.put(tensor)
         self._bound[index] = place, visit, before
@@ -181,6 +186,21 @@ class Pipeline:
             return place
         counts.misses += 1
         return place if all(stage.bring_now(index) for stage in stages) else None
+
+    def _aside(self, index: int) -> Place:
+        """Restore a packed block into memory of its own, while compute waits."""
+        moving, compute = self._moving[index], self._compute
+        assert moving.layout is not None
+        if moving.source is None:
+            packed = moving.kept()
+        else:
+            packed = self._device.allocate(moving.source.nbytes)
+            self._device.copy(packed, moving.source, compute, compute)
+        place = Place(index, self._device)
+        place.memory = self._device.allocate(moving.raw_bytes)
+        self._device.restore(packed, moving.layout, place.memory, compute, compute)
+        place.ready.record(compute)
+        return place
 
     def _leave(self, index: int) -> None:
         if index in self._bound:
@@ -208,10 +228,12 @@ class Pipeline:
         """The block's weights as tensors over `memory`; made once for its place, since making them costs time."""
         views = self._views.get(index)
         if views is None:
-            block, cut = self._blocks[index], self._moving[index].cut
-            views = ready_to_put(block.views(memory, cut, len(block.weights), block.offset_of(cut)))
-            self._views[index] = views
+            views = self._views[index] = self._view(index, memory)
         return views
+
+    def _view(self, index: int, memory: torch.Tensor) -> list[tuple[Weight, torch.Tensor]]:
+        block, cut = self._blocks[index], self._moving[index].cut
+        return ready_to_put(block.views(memory, cut, len(block.weights), block.offset_of(cut)))
 
     # -- a block that only is timed ------------------------------------------------------------------------------
 

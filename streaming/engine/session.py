@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .block import ModelBlocks
+from .block import Block, ModelBlocks
 from .codec import align
 from .costs import CostSheet
 from .device import Device
@@ -380,6 +380,10 @@ class Session:
             for weight in moving.block.weights[moving.cut :]
             for site in weight.sites
         }
+
+    def differing_blocks(self) -> set[Block]:
+        """The blocks in whose modules there are other weights than they run with, while they do not run."""
+        return {moving.block for moving in self._moving.values() if moving.differs}
 
     # -- leaving -------------------------------------------------------------------------------------------------
 

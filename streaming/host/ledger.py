@@ -3,9 +3,9 @@
 In: a streaming patcher whose plan was just loaded. Out: entries of the patcher and attributes of the model. A model has
 several patchers (clones, an unstreamed branch of the graph), and any of them may be loaded after this one without our
 being told. So `backup` has the home tensor of each parameter that was replaced, `model_lowvram` and
-`prev_comfy_cast_weights` the modules whose casting was switched on, and `current_weight_patches_uuid` an id that is
-nobody else's. Whoever comes next restores the model from these; our device memory is held by the model's parameters
-alone and goes with them.
+`prev_comfy_cast_weights` the modules whose casting was switched on, `comfy_patched_weights` those whose weights have
+their patches in them, and `current_weight_patches_uuid` an id that is nobody else's. Whoever comes next restores the
+model from these; our device memory is held by the model's parameters alone and goes with them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from comfy.model_patcher import move_weight_functions, wipe_lowvram_weight
 
 from .casting import FLAG
+from .patched import LAYER_WEIGHTS, patched_modules
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
@@ -31,11 +32,13 @@ def write_ledger(patcher: StreamingModelPatcher) -> None:
             if not weight.sites[0].is_buffer:
                 for name in weight.keys:
                     patcher.backup[stream.key(name)] = Backup(weight.home, False)
+    patched = patched_modules(patcher)
     for name, module in model.named_modules():
         if not hasattr(module, FLAG):
             continue
+        module.comfy_patched_weights = module in patched
         wipe_lowvram_weight(module)
-        for kind in ("weight", "bias"):
+        for kind in LAYER_WEIGHTS:
             functions = patcher.weight_wrapper_patches.get(f"{name}.{kind}")
             if functions:
                 getattr(module, f"{kind}_function").extend(functions)

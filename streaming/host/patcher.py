@@ -30,6 +30,7 @@ from .devices import device_for, why_not
 from .families import Family
 from .ledger import write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
+from .patched import is_patched_when_read, patch_key
 from .planning import choose_plan, least_left
 from .settings import GIB, Mode, StreamingSettings
 from .streams import ModelStream, stream_for
@@ -54,6 +55,8 @@ class StreamingModelPatcher(ModelPatcher):
     stream: ModelStream
     settings: StreamingSettings
     source: ModelPatcher
+    # Whether the last load was asked for patched weights in the model's own tensors, as it is before saving.
+    _is_to_be_read = False
 
     @classmethod
     def from_patcher(
@@ -137,6 +140,7 @@ class StreamingModelPatcher(ModelPatcher):
             self.unpatch_hooks()
             self._take_over()
             stream, session = self.stream, self.stream.session
+            self._is_to_be_read = force_patch_weights
             allowed = float("inf") if full_load else lowvram_model_memory
             plan = self._choose(allowed)
             fresh = plan is not session.plan or not stream.is_in_place
@@ -192,16 +196,17 @@ class StreamingModelPatcher(ModelPatcher):
             load(plan)
             if session.device_bytes <= plan.device_bytes + SMALL_EXCESS_BYTES:
                 return
-            better = session.propose(
-                plan.device_bytes, packing=self._packing(), unpacked=_patched(marks), stream_all=not plan.resident_bytes
+            is_all_streamed = not plan.resident_bytes
+            load(
+                session.propose(
+                    plan.device_bytes, packing=self._packing(), unpacked=self._unpacked(), stream_all=is_all_streamed
+                )
             )
-            load(better)
 
     def _choose(self, allowed_bytes: float) -> Plan:
         held_bytes = self.loaded_size() if self.stream.is_in_place else 0
-        unpacked = _patched(self._marks())
         settings = within(self.settings, self.stream)
-        return choose_plan(self.stream, settings, allowed_bytes, held_bytes, self._packing(), unpacked)
+        return choose_plan(self.stream, settings, allowed_bytes, held_bytes, self._packing(), self._unpacked())
 
     def _packing(self) -> Packing:
         """Whether weights may be packed.
@@ -219,15 +224,21 @@ class StreamingModelPatcher(ModelPatcher):
         """Blocks with patches are out of date whenever the patches change."""
 
         def mark(weights: tuple[Weight, ...]) -> uuid.UUID | None:
-            is_patched = any(self.stream.key(name) in self.patches for weight in weights for name in weight.keys)
+            is_patched = any(patch_key(self, weight) is not None for weight in weights)
             return self.patches_uuid if is_patched else None
 
         parts = self.stream.session.parts
         return Marks(tuple(mark(block.weights) for block in parts.blocks), mark(parts.outside.weights))
 
+    def _unpacked(self) -> set[int]:
+        """The blocks whose weights the model itself must hold, patched; of a packed block it has the unpatched ones."""
+        blocks = self.stream.session.parts.blocks
+        patched = (index for index, mark in enumerate(self._marks().blocks) if mark is not None)
+        return {index for index in patched if self._is_to_be_read or not is_patched_when_read(self, blocks[index])}
+
     def _changed_weight(self, weight: Weight) -> torch.Tensor | None:
         """The weight with its patches, computed by ComfyUI on the card as for a full load; None if it has none."""
-        key = next((self.stream.key(name) for name in weight.keys if self.stream.key(name) in self.patches), None)
+        key = patch_key(self, weight)
         if key is None:
             return None
         weight.put(weight.home)
@@ -277,7 +288,7 @@ class StreamingModelPatcher(ModelPatcher):
         assert session.plan is not None
         budget_bytes = int(session.plan.device_bytes - memory_to_free)
         try:
-            plan = session.propose(budget_bytes, packing=self._packing(), unpacked=_patched(self._marks()))
+            plan = session.propose(budget_bytes, packing=self._packing(), unpacked=self._unpacked())
         except BudgetTooSmall:
             return
         self._load_plan(plan, fresh=False, afresh=afresh)
@@ -369,11 +380,6 @@ def _carry_over(source: ModelPatcher, patcher: StreamingModelPatcher) -> None:
     # The clone is finished with; emptied, its end cannot touch what it shared.
     clone.callbacks, clone.injections, clone.pinned = {}, {}, set()
     clone.model_options = {"transformer_options": {}}
-
-
-def _patched(marks: Marks) -> set[int]:
-    """The blocks that do not hold their own weights."""
-    return {index for index, mark in enumerate(marks.blocks) if mark is not None}
 
 
 def _no_progress(done: int, total: int) -> None:

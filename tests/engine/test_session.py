@@ -303,7 +303,9 @@ def test_evicted_blocks_come_back_with_the_next_load():
     assert torch.equal(one_pass(session, walker, x), expected)
 
 
-def test_changed_weights_are_used_and_taken_back():
+@pytest.mark.parametrize("kept", [ALL_STREAMED, 0.4])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_changed_weights_come_and_go_by_their_marks(kept, is_packed):
     walker = make_walker()
     x = make_input(walker)
     expected = walker(x)
@@ -311,8 +313,9 @@ def test_changed_weights_are_used_and_taken_back():
     for index in (1, 6):
         changed.blocks[index].up.weight.mul_(0.5)
     expected_changed = changed(x)
-    session = attach(walker, SimulatedDevice(1 << 30))
-    plan = plan_for(session, 0.4)
+    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker()))
+    plan = plan_for(session, kept, is_packed=is_packed)
+    assert is_packed == all(plan.forms[index].is_packed for index in (1, 6))
 
     def halve(weight):
         touched = weight.keys[0] in ("blocks.1.up.weight", "blocks.6.up.weight")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
+import pytest
 import torch
 from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.loader import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
+from layerstream.streaming.engine.session import Marks
 from layerstream.streaming.engine.simulated import SimulatedDevice
 
 from walkers import ALL_STREAMED, attach, make_input, make_walker, one_pass, plan_for
@@ -80,3 +83,37 @@ def test_a_model_can_change_between_raw_and_packed():
     for is_packed in (False, True, True, False):
         session.load(plan_for(session, 0.4, is_packed=is_packed))
         assert torch.equal(one_pass(session, walker, x), expected)
+
+
+class Calling(torch.nn.Module):
+    """A layer that has another one of the model do its part, whose weights are not its own."""
+
+    def __init__(self, layer: torch.nn.Module, other: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._others = (other,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._others[0](self.layer(x))
+
+
+@pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
+def test_a_changed_block_that_runs_inside_another_has_its_changes(kept):
+    walker = make_walker(count=4)
+    walker.blocks[1].down = Calling(walker.blocks[1].down, walker.blocks[2])
+    x = make_input(walker)
+    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker()))
+    # Room for one restored block at a time.
+    plan = replace(plan_for(session, kept, prefetch=1, is_packed=True), scratch_bytes=0)
+    assert plan.forms[1].is_packed and plan.forms[2].is_packed
+    walker.blocks[2].up.weight.mul_(0.5)
+    expected = walker(x)
+    walker.blocks[2].up.weight.mul_(2)
+
+    def halve(weight):
+        return weight.home * 0.5 if weight.keys[0] == "blocks.2.up.weight" else None
+
+    session.load(plan, marks=Marks((None, None, "halved", None), None), changed=halve)
+    for _ in range(3):
+        assert torch.equal(one_pass(session, walker, x), expected)
+    assert session.meter.total.unplaced > 0

@@ -1,0 +1,54 @@
+"""Which weights have patches, and how those reach whoever reads a model that streams.
+
+In: a streaming patcher. Out: answers about its patches. The newer ComfyUI reads a model's weights, to save them say,
+without asking for patched ones first: it adds patches to the weights and biases of its own layers as it reads them, but
+where `comfy_patched_weights` says that they are in place already.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..engine.block import Block, Weight
+from ..engine.loader import cut_of
+from .casting import FLAG
+
+if TYPE_CHECKING:
+    from .patcher import StreamingModelPatcher
+
+LAYER_WEIGHTS = ("weight", "bias")
+
+
+def patch_key(patcher: StreamingModelPatcher, weight: Weight) -> str | None:
+    """The name by which patches know `weight`; None if it has none, or only such as ComfyUI never applies: to weights
+    of a module that has others below it.
+    """
+    for name, site in zip(weight.keys, weight.sites, strict=True):
+        key = patcher.stream.key(name)
+        if key in patcher.patches and not any("." in below for below, _ in site.module.named_parameters()):
+            return key
+    return None
+
+
+def is_patched_when_read(patcher: StreamingModelPatcher, block: Block) -> bool:
+    """Whether readers that find the unpatched weights of `block` get patched ones: all its patches are ones that
+    ComfyUI adds then, and none is to a weight that is on the card for good, and so is patched already.
+    """
+    patched = {weight for weight in block.weights if patch_key(patcher, weight) is not None}
+    sites = [weight.sites[0] for weight in patched]
+    is_added = all(site.name in LAYER_WEIGHTS and hasattr(site.module, FLAG) for site in sites)
+    return is_added and patched.isdisjoint(block.weights[: cut_of(block)])
+
+
+def patched_modules(patcher: StreamingModelPatcher) -> set[torch.nn.Module]:
+    """Those whose own tensors have their patches in them, as the model is loaded now."""
+    session = patcher.stream.session
+    return {
+        site.module
+        for block in {*session.parts.blocks, session.parts.outside} - session.differing_blocks()
+        for weight in block.weights
+        if patch_key(patcher, weight) is not None
+        for site in weight.sites
+    }
