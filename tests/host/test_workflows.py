@@ -108,19 +108,23 @@ def test_a_workflow_fits_the_nodes_of_the_host(object_info: dict[str, Any], name
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_a_workflow_names_each_of_its_files_in_the_note(name: str) -> None:
+def test_a_workflow_says_where_each_of_its_files_is_and_goes(name: str) -> None:
+    """In the note, for people; and in the node that loads it, for ComfyUI to offer what is missing."""
     workflow = workflow_of(name)
     (note,) = [node for node in workflow["nodes"] if node["type"] in NOTE_TYPES]
-    named = {
-        value
-        for node in workflow["nodes"]
-        if node is not note
-        for value in node["widgets_values"]
-        if str(value).endswith(".safetensors")
-    }
-    assert named
-    for file in named:
-        assert f"[{file}](https://" in note["widgets_values"][0]
+    text = note["widgets_values"][0]
+    named = 0
+    for node in workflow["nodes"]:
+        files = {value for value in node["widgets_values"] if str(value).endswith(".safetensors") and node is not note}
+        models = node["properties"].get("models", [])
+        assert {model["name"] for model in models} == files
+        for model in models:
+            link = f"[{model['name']}]({model['url']})"
+            assert model["url"].startswith("https://") and model["url"].endswith(f"/{model['name']}")
+            assert text.count(link) == 1
+            assert text[: text.index(link)].split("`ComfyUI/models/")[-1].startswith(f"{model['directory']}/`")
+        named += len(files)
+    assert named > 0
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
