@@ -46,13 +46,14 @@ def choose_plan(
     propose = partial(session.propose, packing=packing, unpacked=unpacked)
     least_traffic, budget_bytes, plan = math.inf, 0, None
     too_small: BudgetTooSmall | None = None
+    most_bytes = 0
     for way, way_budget_bytes in _budgets(stream, settings, allowed_bytes, held_bytes):
         try:
             found = propose(
                 way_budget_bytes, prefetch=settings.prefetch_blocks, stream_all=settings.mode is Mode.ALWAYS
             )
         except BudgetTooSmall as error:
-            too_small = too_small or error
+            too_small, most_bytes = too_small or error, max(most_bytes, way_budget_bytes)
             continue
         if way.walks * found.link_bytes < least_traffic or plan is None:
             least_traffic, budget_bytes, plan = way.walks * found.link_bytes, way_budget_bytes, found
@@ -61,11 +62,17 @@ def choose_plan(
         if settings.is_explicit:
             raise too_small
         plan = propose(None, prefetch=1, stream_all=True)
-        logger.warning("LayerStream: %s. Trying with the least possible, %.2f GiB", too_small, plan.device_bytes / GIB)
+        logger.warning(
+            "LayerStream: by estimate, %.2f GiB of the card are free for this model, which takes at the least "
+            "%.2f GiB: trying with that. Close what else holds the card, or make the image smaller",
+            most_bytes / GIB,
+            plan.device_bytes / GIB,
+        )
+        budget_bytes = plan.device_bytes
     present = session.plan if stream.is_in_place else None
     is_asked_for = stream.settings == (settings, packing)
     if present is not None and any(form.is_packed and index in unpacked for index, form in enumerate(present.forms)):
-        return plan  # patches came, and patched weights are not packed
+        return plan  # the model itself must hold these blocks' patched weights now
     stream.settings, stream.budget_bytes = (settings, packing), budget_bytes
     if present is None or present == plan:
         return present or plan
