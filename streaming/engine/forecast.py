@@ -123,7 +123,8 @@ def lay_out(sizes: Sequence[int], ring_bytes: int) -> list[int]:
 
 
 # Of one block's copy in steady state: whose use, so many uses ago, must be over before it (None: it need not wait), and
-# whether its place is its own, so that it arrives once and stays. Tuples all, since thousands are made for a plan.
+# whether its place is its own, so that it is there for good and takes no time. Tuples all, since thousands are made for
+# a plan.
 _Copy = tuple[int | None, bool]
 
 
@@ -154,16 +155,15 @@ def _copies(sizes: Sequence[int], ring_bytes: int) -> list[_Copy]:
 class _Stage:
     """A stage played through: it is busy until `now_ms`, and what it brought was used at `used_ms`, in order."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self) -> None:
         self.now_ms = 0.0
         self.used_ms: list[float] = []
-        self._count = count
 
     def bring(self, after_ms: float, takes_ms: float, copy: _Copy) -> float:
         """When the next block is there that can be brought `after_ms`."""
-        wait, is_once = copy
+        wait, is_there = copy
         used_ms = self.used_ms
-        if is_once and len(used_ms) >= self._count:
+        if is_there:
             return 0.0
         if after_ms < self.now_ms:
             after_ms = self.now_ms
@@ -178,8 +178,7 @@ def forecast(
 ) -> Forecast:
     """Play passes over `blocks`, in the order they run, and time the last one."""
     rows = _rows(blocks, forms, ring_bytes, scratch_bytes, rates)
-    link = _Stage(sum(copy is not None for *_, copy, _ in rows))
-    restorer = _Stage(sum(restore is not None for *_, restore in rows))
+    link, restorer = _Stage(), _Stage()
     now = begin = 0.0
     for _ in range(ROUNDS):
         begin = now
@@ -200,10 +199,11 @@ def forecast(
             elif copy is not None:
                 link.used_ms.append(now)
         now += rates.tail_ms
-    link_ms = sum(copy_ms for _, _, copy_ms, _, copy, _ in rows if copy is not None and not copy[1])
-    restore_ms = sum(restore_ms for *_, restore_ms, _, restore in rows if restore is not None and not restore[1])
+    link_ms = sum(copy_ms for _, _, copy_ms, *_ in rows)
+    restore_ms = sum(restore_ms for _, _, _, restore_ms, *_ in rows)
     return Forecast(
-        # The ring may start out full and run dry only slowly; in the long run the link decides.
+        # What was brought ahead may run out only slowly, and nothing waits for a copy whose restored bytes stay; in the
+        # long run the busier stage decides.
         step_ms=max(now - begin, link_ms, restore_ms),
         compute_ms=sum(block.span_ms for block in blocks) + rates.tail_ms,
         restore_ms=restore_ms,
@@ -224,8 +224,11 @@ def _rows(
     rows = []
     for index, (block, form) in enumerate(zip(blocks, forms, strict=True)):
         copy, restore = copies.get(index), restores.get(index)
-        copy_ms = block.bytes_as(form) / (SUSTAINED * rates.link) + COPY_LATENCY_MS if copy else 0.0
-        restore_ms = block.moving_bytes / rates.restore if restore else 0.0
+        copy_ms = restore_ms = 0.0
+        if copy is not None and not copy[1]:
+            copy_ms = block.bytes_as(form) / (SUSTAINED * rates.link) + COPY_LATENCY_MS
+        if restore is not None and not restore[1]:
+            restore_ms = block.moving_bytes / rates.restore
         toll_ms = COPY_TOLL * copy_ms + RESTORE_TOLL * restore_ms
         rows.append((block.lead_ms, block.compute_ms + toll_ms, copy_ms, restore_ms, copy, restore))
     return rows

@@ -242,12 +242,11 @@ class Residency:
 
 def _giants(blocks: Sequence[BlockCost], by_size: Sequence[int]) -> set[int]:
     """The blocks so much larger than the others that keeping them takes less room than a ring that they fit."""
-    left_bytes = sum(align(block.moving_bytes) for block in blocks)
-    kept_bytes, best_bytes, count = 0, left_bytes + 1, 0
+    kept_bytes, count = 0, 0
+    best_bytes = sum(align(block.moving_bytes) for block in blocks)
     for number, index in enumerate(reversed(by_size)):
         size = align(blocks[index].moving_bytes)
-        needed_bytes = kept_bytes + min(LEAST_DEPTH * size, left_bytes)
-        if needed_bytes < best_bytes:
-            best_bytes, count = needed_bytes, number
-        kept_bytes, left_bytes = kept_bytes + size, left_bytes - size
+        if kept_bytes + LEAST_DEPTH * size < best_bytes:
+            best_bytes, count = kept_bytes + LEAST_DEPTH * size, number
+        kept_bytes += size
     return set(by_size[len(by_size) - count :])

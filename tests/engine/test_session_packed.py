@@ -117,3 +117,26 @@ def test_a_changed_block_that_runs_inside_another_has_its_changes(kept):
     for _ in range(3):
         assert torch.equal(one_pass(session, walker, x), expected)
     assert session.meter.total.unplaced > 0
+
+
+def test_the_next_block_is_restored_beside_compute_and_those_after_it_are_on_their_way():
+    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
+    x = make_input(walker)
+    session = attach(walker, device)
+    session.load(plan_for(session, ALL_STREAMED, prefetch=1, is_packed=True))
+    ahead, streams = [], set()
+
+    def look(index: int) -> None:
+        copied, restored = {}, {}
+        for place in session.places():
+            (restored if place.index in copied else copied)[place.index] = place
+        first, second, third = ((index + distance) % 8 for distance in (1, 2, 3))
+        ahead.append((restored[first].is_fresh, copied[second].is_held, copied[third].is_held))
+        streams.add(restored[first].ready.stream)
+
+    one_pass(session, walker, x)
+    for index, block in enumerate(walker.blocks):
+        block.norm.register_forward_hook(lambda *_, index=index: look(index))
+    one_pass(session, walker, x)
+    assert ahead == [(True, True, True)] * 8
+    assert len(streams) == 1 and device.compute_stream() not in streams
