@@ -37,6 +37,8 @@ Progress = Callable[[int, int], None]
 # Compute that takes less than this share of what a plan was made for asks for another plan.
 FAR_LESS = 0.85
 
+MIB = 1024**2
+
 
 class Marks(NamedTuple):
     """How the host says what is in a block: a different mark means that its stored bytes are out of date."""
@@ -300,8 +302,15 @@ class Session:
         restored = {index: moving.raw_bytes for index, moving in self._moving.items() if moving.layout is not None}
         if self._walk.blocks != self._moving.keys():
             self._walk = Walk([index for index in self._costs.order() if index in self._moving])
-        ring = Ring(self.device, copied, self._walk.order, self.plan.ring_bytes)
-        scratch = Ring(self.device, restored, self._walk.order, self._scratch_bytes)
+        try:
+            ring = Ring(self.device, copied, self._walk.order, self.plan.ring_bytes)
+            scratch = Ring(self.device, restored, self._walk.order, self._scratch_bytes)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"the blocks that stream need {self.plan.ring_bytes / MIB:.0f} MiB of the device to pass through and "
+                f"{self._scratch_bytes / MIB:.0f} MiB to be restored in, in one piece each, and "
+                f"{self.device.free_bytes() / MIB:.0f} MiB are free: free more, or load a plan for a smaller budget"
+            ) from error
         self._rings = ring, scratch
         self._pipeline = Pipeline(
             self.device, self.parts.blocks, self._moving, ring, scratch, self._walk, self.meter, self._note_bound

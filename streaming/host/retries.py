@@ -71,7 +71,13 @@ def smaller_image(patcher: Any, needed_bytes: int, side: Any) -> str:
     if stream is None:
         return "make the image smaller, or connect the model to Layer-Stream Model"
     free_bytes = stream.device.free_bytes() + stream.held_bytes
-    least_bytes = stream.session.plan.device_bytes if stream.is_open and stream.session.plan else 0
+    least_bytes = stream.session.propose(None, prefetch=1, stream_all=True).device_bytes if stream.is_open else 0
+    if least_bytes > free_bytes:
+        return (
+            f"its weights alone take {least_bytes / GIB:.2f} GiB of the card at the least and {free_bytes / GIB:.2f} "
+            f"GiB are free, so no smaller image would do: free {(least_bytes - free_bytes) / GIB + 0.01:.2f} GiB more "
+            "(raise vram_gb where a budget is set), or load a smaller or quantised file of this model"
+        )
     missing_bytes = needed_bytes + least_bytes - free_bytes
     fits = missing_bytes <= 0
     share = FITTING_SHARE if fits else max(0.0, (free_bytes - least_bytes) / max(1, needed_bytes))

@@ -161,6 +161,23 @@ def test_out_of_memory_while_loading_unloads_everything():
     assert torch.equal(one_pass(session, walker, x), expected)
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_a_ring_that_does_not_fit_is_refused_with_what_it_takes_and_fits_when_there_is_room(is_packed):
+    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, device)
+    plan = plan_for(session, 0.3, is_packed=is_packed)
+    session.load(plan)
+    used = device.used_bytes
+    device.budget_bytes = used + plan.ring_bytes - 1
+    with pytest.raises(torch.OutOfMemoryError, match=r"pass through and [01] MiB to be restored .* smaller budget"):
+        one_pass(session, walker, x)
+    assert device.used_bytes == used and not session.is_in_run and not session.is_running
+    device.budget_bytes = plan.device_bytes
+    assert torch.equal(one_pass(session, walker, x), expected)
+
+
 def test_plans_can_change_between_passes_without_exceeding_either():
     walker = make_walker(count=10, inner=(512, 768))
     x = make_input(walker)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from layerstream.streaming.host.ladder import Rung
 from layerstream.streaming.host.patcher import StreamingModelPatcher
-from layerstream.streaming.host.settings import Mode, StreamingSettings
+from layerstream.streaming.host.settings import GIB, Mode, StreamingSettings
 from layerstream.streaming.host.staged import streamed_text
 
 from governed import ENCODER, Workflow, governed, held_bytes, make_parts
@@ -195,6 +195,23 @@ def test_what_never_fits_names_the_smallest_change_and_leaves_the_next_run_right
     assert shortage.times == 5
     assert torch.equal(sample(patcher), expected)
     assert patcher.streaming_report()["rungs"] == [], "what did not help is not remembered"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.9], ids=["weights", "ring"])
+def test_a_card_too_small_for_the_least_of_the_model_is_told_apart(monkeypatch, parts, sample, share):
+    expected = sample(parts.model)
+    patcher = streaming(parts.model)
+    patcher.stream.open(is_dynamic=False)
+    session, device = patcher.stream.session, patcher.stream.device
+    least_bytes = session.propose(None, prefetch=1, stream_all=True).device_bytes
+    with monkeypatch.context() as small:
+        small.setattr(device, "budget_bytes", int(share * least_bytes))
+        with pytest.raises(torch.OutOfMemoryError) as refused:
+            sample(patcher)
+    message = str(refused.value)
+    assert f"take {least_bytes / GIB:.2f} GiB of the card at the least" in message and "smaller or quantised" in message
+    assert "make the image" not in message and Rung.STREAM.value in message
+    assert torch.equal(sample(patcher), expected)
 
 
 def test_other_errors_pass(parts, sample):
