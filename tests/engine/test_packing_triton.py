@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from apart import run_apart
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
-
-# Triton decides when its module is imported whether it interprets, so the comparison has a process of its own.
 PREAMBLE = """
 import torch
 from scripts.pack import load_pack
@@ -153,36 +148,23 @@ def has_card() -> bool:
     return torch.cuda.is_available()
 
 
-def run_apart(source: str, *, interprets: bool) -> subprocess.CompletedProcess[str]:
-    """Run `source` in a process whose kernels are interpreted or not."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if interprets else "0"}
-    return subprocess.run(
-        [sys.executable, "-c", PREAMBLE + source],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_kernels_compile_for_a_card():
     """The interpreter takes what the compiler refuses."""
-    finished = run_apart(COMPILATION, interprets=False)
+    finished = run_apart(PREAMBLE + COMPILATION, interprets=False)
     assert finished.stdout.strip().endswith("compiled"), finished.stderr[-2000:]
 
 
 def test_kernels_equal_the_plain_twin():
-    finished = run_apart(COMPARISON, interprets=not has_card())
+    finished = run_apart(PREAMBLE + COMPARISON, interprets=not has_card())
     assert finished.stdout.strip().endswith("same bytes"), finished.stderr[-2000:]
 
 
 def test_corrupt_bytes_make_the_decoder_read_and_write_nothing_beyond_them():
-    finished = run_apart(FENCE + FUZZ, interprets=True)
+    finished = run_apart(PREAMBLE + FENCE + FUZZ, interprets=True)
     assert finished.stdout.strip().endswith("nothing beyond"), finished.stderr[-2000:]
 
 
 def test_a_read_beyond_them_would_be_noticed():
-    finished = run_apart(FENCE + UNBOUND, interprets=True)
+    finished = run_apart(PREAMBLE + FENCE + UNBOUND, interprets=True)
     assert finished.stdout.strip().endswith("fenced")
     assert finished.returncode == -signal.SIGSEGV

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from apart import run_apart
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
-
-# Triton decides when its module is imported whether it interprets, so each test has a process of its own.
 PREAMBLE = """
 import torch
 from scripts.pack import load_pack
@@ -74,24 +68,11 @@ print("compiled")
 """
 
 
-def run_apart(source: str, *, interprets: bool) -> subprocess.CompletedProcess[str]:
-    """Run `source` in a process whose kernels are interpreted or not."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if interprets else "0"}
-    return subprocess.run(
-        [sys.executable, "-c", PREAMBLE + source],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_kernels_compile_for_a_card_and_round_each_operation():
-    finished = run_apart(COMPILATION, interprets=False)
+    finished = run_apart(PREAMBLE + COMPILATION, interprets=False)
     assert finished.stdout.strip().endswith("compiled"), finished.stderr[-2000:]
 
 
 def test_kernels_equal_the_plain_twin():
-    finished = run_apart(COMPARISON, interprets=not torch.cuda.is_available())
+    finished = run_apart(PREAMBLE + COMPARISON, interprets=not torch.cuda.is_available())
     assert finished.stdout.strip().endswith("same bits"), finished.stderr[-2000:]
