@@ -74,13 +74,14 @@ class Family(NamedTuple):
 
 _FLUX2 = Family(TextInput(tokens=512, width_tensor="txt_in.weight", guidance=4.0), downscale=16)
 
+_FLUX = Family(
+    TextInput(tokens=512, width_tensor="txt_in.weight", pooled_width_tensor="vector_in.in_layer.weight", guidance=3.5)
+)
+
 FAMILIES: dict[str, Family] = {
     "zimage": Family(TextInput(tokens=256, width_tensor="cap_embedder.0.weight")),
-    "flux": Family(
-        TextInput(
-            tokens=512, width_tensor="txt_in.weight", pooled_width_tensor="vector_in.in_layer.weight", guidance=3.5
-        )
-    ),
+    "flux": _FLUX,
+    "flux-fp8": _FLUX,
     "flux2": _FLUX2,
     "flux2-dev": _FLUX2,
     "qwen-image": Family(TextInput(tokens=256, width_tensor="txt_in.weight")),

@@ -39,6 +39,7 @@ OWN = "layerstream"
 NAMES = {
     "zimage": "Z-Image",
     "flux": "FLUX.1",
+    "flux-fp8": "FLUX.1 fp8",
     "flux2": "FLUX.2 Klein 4B",
     "flux2-dev": "FLUX.2 dev",
     "qwen-image": "Qwen-Image",

@@ -20,13 +20,14 @@ from .layouts.tensors import TensorLayout
 from .model_configurations import NEWER, OLDER
 from .model_configurations.model import Settings
 from .random_file import write_random_file
+from .random_fp8 import write_random_fp8
 from .tiny_models import is_newer_host
 
 
 class Published(NamedTuple):
-    """One published file. `model` is its name in `model_configurations`, None where the layout is written down;
-    `narrow` replaces settings, `narrow_older` in hosts before `NEWER`. Names in the file end otherwise than the
-    class's own where `renamed` says so. Hosts before `since` do not know the model."""
+    """One published file. `model` is its name in `model_configurations`, None where the layout is written down, under
+    the name `like` if not its own; `narrow` replaces settings, `narrow_older` in hosts before `NEWER`. Names in the
+    file end otherwise than the class's own where `renamed` says so. Hosts before `since` do not know the model."""
 
     bytes: int
     dtype: torch.dtype
@@ -35,6 +36,7 @@ class Published(NamedTuple):
     narrow_older: Settings | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     since: str = OLDER
+    like: checkpoints.Family | None = None
 
 
 # The newer host's class has its own norms; files and the older one have FLUX.1's.
@@ -44,6 +46,7 @@ _LEVELS_OF_ONE_WIDTH: Settings = {"channel_mult": [1, 1, 1, 1]}
 PUBLISHED: dict[str, Published] = {
     "zimage": Published(12_309_817_472, DTYPES["zimage"]),
     "flux": Published(23_802_816_640, DTYPES["flux"]),
+    "flux-fp8": Published(11_901_408_320, torch.float8_e4m3fn, like="flux"),
     "flux2": Published(
         7_751_089_152,
         torch.bfloat16,
@@ -69,7 +72,8 @@ PUBLISHED: dict[str, Published] = {
     "cascade-c": Published(7_178_207_264, torch.bfloat16, model="cascade-c", narrow=workflow_models.CASCADE_C),
     "wan21-14b": Published(28_576_983_168, torch.bfloat16, model="wan21-t2v", narrow=workflow_models.WAN),
 }
-"""FLUX.2 is Klein 4B, FLUX.2 dev has a row of its own; LTX Video is the 2B model; WAN 2.1 makes video from text."""
+"""FLUX.2 is Klein 4B, FLUX.2 dev has a row of its own; LTX Video is the 2B model; WAN 2.1 makes video from text.
+Bytes of fp8 are one a weight, without scales and what is not in fp8."""
 
 
 def layout(family: str, size: Size) -> list[TensorLayout]:
@@ -80,7 +84,8 @@ def layout(family: str, size: Size) -> list[TensorLayout]:
     """
     row = PUBLISHED[family]
     if row.model is None:
-        return checkpoints.diffusion_model_layout(family, size)  # type: ignore[arg-type]  # rows without a model are its
+        # Rows without a model are its.
+        return checkpoints.diffusion_model_layout(row.like or family, size)  # type: ignore[arg-type]
     if row.since == NEWER and not is_newer_host():
         raise ValueError(f"{family} is not in this ComfyUI: use {NEWER} or later")
     settings: dict[str, Any] = {}
@@ -104,8 +109,16 @@ def ensure_file(family: str, size: Size, folder: Path, *, seed: int, device: str
     """The family's file in `folder`, written first when it is missing."""
     path = folder / f"{file_stem(family, size)}-seed{seed}.safetensors"
     if not path.exists():
-        write_random_file(path, layout(family, size), dtype=PUBLISHED[family].dtype, seed=seed, device=device)
+        write_file(family, size, path, seed=seed, device=device)
     return path
+
+
+def write_file(family: str, size: Size, path: Path, *, seed: int = 0, device: str = "cpu") -> Path:
+    """Write the family's file to `path` and return it."""
+    dtype = PUBLISHED[family].dtype
+    if dtype == torch.float8_e4m3fn:
+        return write_random_fp8(path, layout(family, size), seed=seed, device=device)
+    return write_random_file(path, layout(family, size), dtype=dtype, seed=seed, device=device)
 
 
 def file_stem(family: str, size: Size) -> str:

@@ -26,14 +26,12 @@ TOKENS = 24
 def narrow_file(family: str) -> Path:
     """The family's narrow file, with one block of each kind where the depth is free; kept between runs."""
     from scripts import checkpoint_cache, published
-    from scripts.random_file import write_random_file
 
     depth = {"zimage": {"layers": 1}, "flux": {"double": 1, "single": 1}, "qwen-image": {"layers": 1}}
     if family in depth:
         return checkpoint_cache.diffusion_model(family, **depth[family])  # type: ignore[arg-type]  # a family of its
-    tensors, dtype = published.layout(family, "narrow"), published.PUBLISHED[family].dtype
     name = f"bench-{published.file_stem(family, 'narrow')}"
-    return checkpoint_cache.cached(name, lambda path: write_random_file(path, tensors, dtype=dtype))
+    return checkpoint_cache.cached(name, lambda path: published.write_file(family, "narrow", path))
 
 
 def small_picture(family: str) -> Picture:

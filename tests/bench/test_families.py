@@ -23,7 +23,7 @@ from scripts.pack import ROOT
 from scripts.published import OLDER, PUBLISHED, is_known_to
 
 # Their widths are fixed, so that a narrow model has a billion weights: one host is enough for them.
-WIDE = ("zimage", "flux", "qwen-image", "sdxl", "cascade-b", "cascade-c")
+WIDE = ("zimage", "flux", "flux-fp8", "qwen-image", "sdxl", "cascade-b", "cascade-c")
 
 
 def found_hosts() -> list[Host]:

@@ -24,6 +24,7 @@ from scripts.random_file import write_random_file
 MODELS = {
     "zimage": "Lumina2",
     "flux": "Flux",
+    "flux-fp8": "Flux",
     "flux2": "Flux2",
     "flux2-dev": "Flux2",
     "qwen-image": "QwenImage",
