@@ -16,6 +16,8 @@ from ..engine.block import Block, ModelBlocks
 FLAG = "comfy_cast_weights"
 OWN_FLAG = f"prev_{FLAG}"
 """Where ComfyUI looks for what the flag was before someone switched casting on."""
+FORCED_FLAG = "comfy_force_cast_weights"
+"""Where newer versions, when they load a model, note that its quantised weights shall be multiplied dequantised."""
 
 
 class CastSwitch:
@@ -32,6 +34,9 @@ class CastSwitch:
         What each did before is noted where ComfyUI restores it from.
         """
         for module in root.modules():
+            module.__dict__.pop(FORCED_FLAG, None)
+            if always and hasattr(module, FLAG):
+                setattr(module, FORCED_FLAG, True)
             if hasattr(module, FLAG) and (always or module in streamed):
                 setattr(module, OWN_FLAG, getattr(module, FLAG))
                 setattr(module, FLAG, True)

@@ -130,6 +130,24 @@ def test_quantised_matrices_are_multiplied_as_such(loaded):
     assert products[DEQUANTISED] == 0
 
 
+@pytest.mark.parametrize("loaded", [("wan21-t2v", "metadata with inputs")], indirect=True, ids="-".join)
+def test_weights_are_dequantised_where_a_node_asks_for_a_dtype(loaded):
+    """As the node Model Compute Dtype does; asked by one branch of a graph, and not by the other."""
+
+    def asking(model: Any) -> Any:
+        clone = model.clone()
+        clone.set_model_compute_dtype(torch.float32)
+        return clone
+
+    plain, asked = sampled(loaded.model, loaded.name), sampled(asking(loaded.model), loaded.name)
+    assert plain[1][DEQUANTISED] == 0 < asked[1][DEQUANTISED]
+    streamed = streamed_as(loaded, ALL_STREAMED)
+    for _ in range(2):
+        assert_samples_as(streamed, loaded.name, plain)
+        assert_samples_as(asking(streamed), loaded.name, asked)
+    assert_samples_as(loaded.model, loaded.name, plain)
+
+
 def lora_with_biases(model: Any) -> dict[str, torch.Tensor]:
     """A LoRA that changes biases of half of its layers too."""
     lora = make_lora(model, seed=1)
