@@ -34,17 +34,14 @@ export class Actions {
     const response = await this.send(`/layerstream/report?format=${format}`);
     if (!response.ok) throw new Error((await response.json()).error);
     const text = format === "json" ? JSON.stringify(await response.json(), null, 1) : await response.text();
-    await copy(text);
+    // Pages that come over plain HTTP from another machine have no clipboard.
+    if (!navigator.clipboard) return save(text, format === "json" ? "json" : "txt", response.headers.get("content-type"));
+    await navigator.clipboard.writeText(text);
     return this.words.text("done.copied");
   }
 
   async exportRun() {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([this.table()], { type: "text/csv" }));
-    link.download = `layerstream-${new Date().toISOString().slice(0, 19).replaceAll(":", "-")}.csv`;
-    link.click();
-    URL.revokeObjectURL(link.href);
-    return link.download;
+    return save(this.table(), "csv", "text/csv");
   }
 
   // The history as lines of comma-separated values; an empty one is a gap.
@@ -58,14 +55,12 @@ export class Actions {
   }
 }
 
-async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  // Pages that come over plain HTTP from another machine have no clipboard of their own.
-  const area = document.createElement("textarea");
-  area.value = text;
-  document.body.append(area);
-  area.select();
-  const isCopied = document.execCommand("copy");
-  area.remove();
-  if (!isCopied) throw new Error("the browser has no clipboard for this page");
+// Has the browser keep `text` as a file; gives the file's name.
+function save(text, ending, type) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = `layerstream-${new Date().toISOString().slice(0, 19).replaceAll(":", "-")}.${ending}`;
+  link.click();
+  URL.revokeObjectURL(link.href);
+  return link.download;
 }

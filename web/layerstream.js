@@ -32,11 +32,12 @@ const store = new Store(async () => {
 const actions = new Actions({ store, words, send });
 const preferences = { updatesPerSecond: () => Number(setting(SETTING.rate)) || 4 };
 
-// Made when first shown, since their texts are read when they are made.
+// Made when first shown, since their texts and styles are read when they are made.
 const panels = new Map();
+let styles = "";
 
 function show(place, host) {
-  if (!panels.has(place)) panels.set(place, new Panel({ place, store, words, actions, preferences }));
+  if (!panels.has(place)) panels.set(place, new Panel({ place, store, words, actions, preferences, styles }));
   panels.get(place).show(host);
 }
 
@@ -68,11 +69,9 @@ function updateBadge() {
   if (label.textContent !== text) label.textContent = text;
 }
 
-function addStyles() {
-  const link = document.createElement("link");
-  link.rel = "stylesheet";
-  link.href = new URL("./layerstream.css", import.meta.url).href;
-  document.head.append(link);
+async function loadStyles() {
+  const response = await fetch(new URL("./layerstream.css", import.meta.url));
+  styles = response.ok ? await response.text() : "";
 }
 
 async function loadWords() {
@@ -156,12 +155,11 @@ app.registerExtension({
     store.tell(); // nodes have their names only now
   },
   async setup() {
-    addStyles();
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));
     api.addEventListener("reconnecting", () => store.lose());
     api.addEventListener("reconnected", () => store.load());
     store.addEventListener("change", updateBadge);
-    await loadWords();
+    await Promise.all([loadWords(), loadStyles()]);
     app.extensionManager.registerSidebarTab({
       id: SIDEBAR_TAB,
       icon: "pi pi-chart-bar",

@@ -5,6 +5,15 @@ import { element } from "./elements.js";
 const STREAMING = new Set(["LayerStreamModel", "LayerStreamClip", "LayerStreamOffloadPolicy"]);
 const HEIGHT_PX = 24;
 const MARGIN_PX = 4;
+const STYLE = `
+  overflow: hidden;
+  padding-inline: 10px;
+  color: var(--descrip-text, #999);
+  font-size: 11px;
+  line-height: 16px;
+  text-overflow: ellipsis;
+  white-space: nowrap;
+`;
 
 // True for the nodes that have a model streamed.
 export function isStreamingNode(node) {
@@ -13,7 +22,7 @@ export function isStreamingNode(node) {
 
 // Adds the line to `node` and keeps it up to date as long as the node is in a graph.
 export function addLine(node, store, words) {
-  const text = element("div", { class: "ls-node-line", role: "status" });
+  const text = element("div", { class: "ls-node-line", role: "status", style: STYLE });
   const widget = node.addDOMWidget("layerstream_live", "layerstream-live", text, {
     serialize: false,
     hideOnZoom: true,

@@ -20,12 +20,14 @@ export class Panel {
   #views = new Map();
   #parts = {};
 
-  // `place` is where it is shown; `preferences.updatesPerSecond()` bounds how often it draws.
-  constructor({ place, store, words, actions, preferences }) {
+  // `place` is where it is shown; `preferences.updatesPerSecond()` bounds how often it draws. `styles` are rules, which the
+  // view holds itself: the rest of the page is not ours.
+  constructor({ place, store, words, actions, preferences, styles }) {
     this.#store = store;
     this.#words = words;
     this.#preferences = preferences;
     this.root = this.#build(actions);
+    this.root.prepend(element("style", {}, styles));
     this.root.dataset.place = place;
     store.addEventListener("change", () => this.schedule());
     new ResizeObserver(() => this.schedule()).observe(this.root);

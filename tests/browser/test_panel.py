@@ -186,7 +186,8 @@ def test_reports_are_copied_and_runs_exported(opened: tuple[Page, Problems], ser
     panel = open_panel(page)
     panel.locator("[data-action=text]").click()
     page.wait_for_function("() => document.querySelector('.ls-answer').textContent === 'Copied'")
-    assert page.evaluate("navigator.clipboard.readText()") == server.client.get_bytes("/layerstream/report").decode()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert steady(copied) == steady(server.client.get_bytes("/layerstream/report").decode())
     with page.expect_download() as download:
         panel.locator("[data-action=csv]").click()
     download.value.save_as(tmp_path / "run.csv")
@@ -194,7 +195,17 @@ def test_reports_are_copied_and_runs_exported(opened: tuple[Page, Problems], ser
     history = server.client.get_json("/layerstream/state")["history"]
     place, source = header.split(",").index("resident_bytes"), history["columns"].index("resident_bytes")
     assert [float(line.split(",")[place]) for line in lines] == [row[source] for row in history["rows"]]
+    page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    with page.expect_download() as download:
+        panel.locator("[data-action=text]").click()
+    assert download.value.suggested_filename.endswith(".txt")
+    assert steady(Path(download.value.path()).read_text()) == steady(copied)
     assert problems == []
+
+
+def steady(report: str) -> list[str]:
+    """The lines of a report that other programs do not change."""
+    return [line for line in report.splitlines() if not line.startswith("RAM:")]
 
 
 def test_a_view_that_is_not_seen_does_not_draw_and_comes_back(opened: tuple[Page, Problems], server: Server) -> None:
@@ -254,6 +265,7 @@ def test_nothing_overlaps_narrow_or_wide(context: Any, server: Server, palette: 
     try:
         panel = open_panel(page)
         assert panel.get_attribute("data-theme") == palette
+        assert panel.evaluate("panel => getComputedStyle(panel).containerType") == "inline-size", "it has its styles"
         assert panel.locator("[data-action=free]").inner_text() == texts[language]["button"]["free"]
         panel.evaluate("panel => { panel.style.width = `${Math.min(300, panel.parentElement.clientWidth)}px`; }")
         page.wait_for_timeout(700)

@@ -189,7 +189,12 @@ def test_what_no_name_is_known_for_is_refused(tmp_path):
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
-TEXT = ["A photo of a café, naïve résumé!", "  two  spaces\nand a line", "unseen: 猫 ☃ \U0001f600", "the cat sat on it"]
+TEXT = [
+    "A photo of a café, naïve résumé!",
+    "  two  spaces\nand a line",
+    "unseen: \u732b \u2603 \U0001f600",
+    "the cat sat on it",
+]
 
 
 @pytest.mark.parametrize(("model_type", "named"), [("unigram", "t5"), ("bpe", "llama")])
@@ -268,7 +273,7 @@ def charsmap(path) -> bytes:
 
 
 def test_a_tekken_tokenizer_has_the_bytes_of_its_tokens(tmp_path, monkeypatch):
-    tokens, types = ["<s>", "[INST]", "a", "Ġcat", "Ã©", "č"], [3, 3, 1, 1, 1, 1]
+    tokens, types = ["<s>", "[INST]", "a", "\u0120cat", "Ã©", "\u010d"], [3, 3, 1, 1, 1, 1]
 
     def add(writer) -> None:
         writer.add_tokenizer_model("gpt2")

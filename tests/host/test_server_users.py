@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import pytest
 
@@ -13,25 +11,9 @@ from live_run import Listener, streamed_prompt, streaming_server
 from scripts.hosts import Host
 from scripts.server import PACK_FOLDER, Server
 from scripts.small_example import WIDEN_NODE, WIDEN_PACK
+from users import User, make_user
 
 SECRET = "ada lovelace"
-
-
-class User(NamedTuple):
-    """One of several users of a server."""
-
-    server: Server
-    id: str
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        """What the server answers this user, as JSON where it is; POST where there is a body."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"comfy-user": self.id, "Content-Type": "application/json"}
-        request = urllib.request.Request(self.server.client.address + path, data=data, headers=headers)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as response:
-            answer = response.read()
-            return json.loads(answer) if "json" in response.headers.get_content_type() else answer.decode()
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +24,7 @@ def server(host: Host) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def users(server: Server) -> tuple[User, User]:
-    ada, bob = (User(server, User(server, "").ask("/users", {"username": name})) for name in ("ada", "bob"))
-    return ada, bob
+    return make_user(server, "ada"), make_user(server, "bob")
 
 
 def test_each_user_has_settings_of_their_own(users: tuple[User, User]) -> None:
