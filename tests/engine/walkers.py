@@ -8,6 +8,7 @@ from layerstream.streaming.engine.plan import Packing, Plan
 from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from torch import nn
+from torch.nn import LayerNorm, Linear
 
 ALL_STREAMED = 0.0
 
@@ -17,9 +18,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
+        self.norm = LayerNorm(width)
+        self.up = Linear(width, inner)
+        self.down = Linear(inner, width)
         self.shift = nn.Parameter(torch.randn(width))
         self.register_buffer("scale", torch.rand(width))
 
@@ -32,7 +33,7 @@ class Walker(nn.Module):
 
     def __init__(self, count: int = 8, width: int = 96, inner: tuple[int, ...] = (512,)) -> None:
         super().__init__()
-        self.entry = nn.Linear(width, width)
+        self.entry = Linear(width, width)
         self.blocks = nn.ModuleList(Block(width, inner[i % len(inner)]) for i in range(count))
         self.order: list[int] = list(range(count))
         self.width = width

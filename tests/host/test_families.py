@@ -13,6 +13,7 @@ import pytest
 import torch
 from layerstream.streaming.host import dividing, families
 from layerstream.streaming.host.dividing import MIB, UnitLimits, weight_bytes
+from torch.nn import Linear
 
 from scripts import division
 from scripts.division import MOST_LEFT_OUT, NARROW_UNITS, complaints_of_full_size, divide, trace_calls
@@ -178,7 +179,7 @@ def test_an_int8_layer_that_is_not_called_is_in_the_unit_around_it():
     from comfy.ldm.wan.model import WanFeedForward
     from comfy.quant_ops import QuantizedTensor
 
-    layers = [torch.nn.Linear(512, 512, bias=False, dtype=torch.bfloat16) for _ in range(2)]
+    layers = [Linear(512, 512, bias=False, dtype=torch.bfloat16) for _ in range(2)]
     for layer in layers:
         codes = QuantizedTensor.from_float(layer.weight.data, "TensorWiseINT8Layout")
         layer.weight = torch.nn.Parameter(codes, requires_grad=False)
@@ -195,7 +196,7 @@ class Experts(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weights = torch.nn.Parameter(torch.zeros(8, 256, 256))
-        self.gate = torch.nn.Linear(256, 256)
+        self.gate = Linear(256, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.gate(x) @ self.weights.sum(0)
@@ -207,7 +208,7 @@ class Block(torch.nn.Module):
         self.experts = Experts()
         self.scale = torch.nn.Parameter(torch.zeros(256))
         self.attention = torch.nn.MultiheadAttention(256, 4)
-        self.output = torch.nn.Linear(256, 256)
+        self.output = Linear(256, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.output(self.attention(x, x, x)[0] + self.experts(x)) * self.scale
@@ -223,7 +224,7 @@ def test_a_module_with_a_large_weight_of_its_own_is_one_unit():
 
 def test_a_block_in_two_places_is_one_unit():
     model = torch.nn.Module()
-    model.blocks = torch.nn.ModuleList(torch.nn.Linear(256, 256) for _ in range(3))
+    model.blocks = torch.nn.ModuleList(Linear(256, 256) for _ in range(3))
     model.late = torch.nn.ModuleList([model.blocks[2]])
     units = families.discover(model, UnitLimits(largest_bytes=MIB, smallest_bytes=1024))
     assert [path for path, _ in units] == ["blocks.0", "blocks.1", "blocks.2"]
@@ -232,6 +233,6 @@ def test_a_block_in_two_places_is_one_unit():
 def test_a_model_without_lists_is_divided_to_its_leaves():
     model = torch.nn.Module()
     model.encoder = torch.nn.Module()
-    model.encoder.first, model.encoder.second = torch.nn.Linear(256, 256), torch.nn.Linear(256, 8)
+    model.encoder.first, model.encoder.second = Linear(256, 256), Linear(256, 8)
     units = families.discover(model, UnitLimits(largest_bytes=MIB, smallest_bytes=64 * 1024))
     assert [path for path, _ in units] == ["encoder.first"]
