@@ -86,11 +86,18 @@ def divide_to_leaves(name: str, module: torch.nn.Module, rules: Rules) -> Iterat
 
 
 def is_divisible(module: torch.nn.Module, rules: Rules) -> bool:
-    """False for a leaf, and for a module that uses a large weight in its own forward beside those of its parts."""
-    own_bytes = sum(stored_bytes(tensor) for tensor in own_weights(module))
+    """False for a leaf, and for a module whose own forward uses large weights: its own, or those of leaves without one,
+    as of the banks of experts in mixed-precision models.
+    """
+    holders = [module, *(child for child in module.children() if _only_holds(child))]
+    own_bytes = sum(stored_bytes(tensor) for holder in holders for tensor in own_weights(holder))
     if own_bytes >= rules.limits.smallest_bytes or rules.is_whole(module):
         return False
     return any(weight_bytes(child) for child in module.children())
+
+
+def _only_holds(module: torch.nn.Module) -> bool:
+    return not has_forward(module) and next(module.children(), None) is None
 
 
 def is_folded(module: torch.nn.Module) -> bool:

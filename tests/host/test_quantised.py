@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -13,7 +11,6 @@ import pytest
 import torch
 from layerstream.streaming.engine.codec import align, parts_of
 from layerstream.streaming.engine.loader import cut_of
-from layerstream.streaming.host.families import FOLDING, family_of
 
 from conftest import HOST
 from loras import apply, make_lora
@@ -193,56 +190,3 @@ def test_scales_lie_beside_their_codes_on_the_card(loaded):
     for handle in handles:
         handle.remove()
     assert len(places) >= 36 and all(len(place) == 1 for place in places)
-
-
-def folding_classes() -> set[str]:
-    """The classes of the host that may use a layer of theirs without calling it."""
-    found = set()
-    for path in (HOST.path / "comfy").rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        if "linear_input_act(" in text and path.name != "ops.py":
-            found |= {
-                f"{path.stem}.{kind.name}"
-                for kind in ast.walk(ast.parse(text))
-                if isinstance(kind, ast.ClassDef) and "linear_input_act(" in (ast.get_source_segment(text, kind) or "")
-            }
-    return found
-
-
-def test_every_class_that_uses_a_layer_without_calling_it_is_known():
-    known = {".".join(name.split(".")[-2:]) for name in FOLDING}
-    assert folding_classes() == (set() if HOST.version == OLDER else known)
-
-
-class OneFeedForward(torch.nn.Module):
-    """A model of no family whose only layers are those of a llama's feed-forward part, quantised as `kind` says."""
-
-    def __init__(self, kind: str, is_merged: bool) -> None:
-        from comfy.ops import mixed_precision_ops
-        from comfy.text_encoders.llama import MLP
-
-        super().__init__()
-        config = SimpleNamespace(hidden_size=512, intermediate_size=512, mlp_activation="silu", merged_mlp=is_merged)
-        operations = mixed_precision_ops({"mixed_ops": True}, torch.float32)
-        self.layers = torch.nn.ModuleList([MLP(config, ops=operations)])
-        heights = {"gate_up": 1024, "down": 512} if is_merged else {"gate": 512, "up": 512, "down": 512}
-        names = [f"layers.0.{name}_proj" for name in heights]
-        weights = {
-            f"{name}.weight": torch.randn(height, 512) for name, height in zip(names, heights.values(), strict=True)
-        }
-        self.load_state_dict(KINDS[kind].write(weights, names).tensors, strict=False)
-
-
-@pytest.mark.skipif(HOST.version == OLDER, reason="this host calls every layer")
-@pytest.mark.parametrize(
-    ("kind", "is_merged", "parts"),
-    [
-        ("int8", True, [""]),
-        ("int8", False, [".gate_proj", ".up_proj", ".down_proj"]),
-        ("mxfp8", True, [".gate_up_proj", ".down_proj"]),
-    ],
-)
-def test_a_feed_forward_part_is_one_unit_only_where_the_host_needs_it(kind, is_merged, parts):
-    with narrow_units():
-        units = family_of(OneFeedForward(kind, is_merged)).units
-    assert [name for name, _ in units] == [f"layers.0{part}" for part in parts]
