@@ -98,12 +98,14 @@ def sample(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", PATCHES)
 def test_patches_of_every_kind(table, kind, caplog):
+    """On a clone, from which other nodes have made another one."""
     patch = PATCHES[kind]
     expected = sample(patch(table.reference, table.other))
     assert not [record for record in caplog.records if "ERROR" in record.getMessage()], "ComfyUI did not apply it"
     assert expected.isfinite().all() and not torch.equal(expected, table.plain)
     streamed = stream(table.model, 0.5)
-    patched = patch(streamed, table.other)
+    patched = patch(streamed, table.other).clone()
+    PATCHES["negative lora"](patched, table.other)
     assert torch.equal(sample(patched), expected)
     session = streamed.stream.session
     assert session.plan.streamed_bytes > 0 and any(not form.is_streamed for form in session.plan.forms)
