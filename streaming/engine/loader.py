@@ -28,6 +28,9 @@ WORTH_PACKING = 0.93
 # Index of what lies outside the blocks, among the slabs.
 OUTSIDE = -1
 
+# The mark of a slab that is being written, which may fail midway.
+PARTLY_WRITTEN = object()
+
 # Where a host tensor carries the packed bytes that stand for its block on the device.
 KEPT = "_layerstream_kept"
 
@@ -157,14 +160,17 @@ class BlockLoader:
         slab = self._valid_slab(index, mark)
         if slab is not None:
             return slab
-        # The old slab's pages outlive it for as long as home tensors lie in them.
-        self.store.drop(index)
         base = block.offset_of(cut)
-        slab = self.store.build(index, base, block.weight_bytes() - base)
-        self._marks[index] = mark
+        slab = self.store.get(index)
+        if slab is None or slab.layout is not None or self._marks[index] is None:
+            # The old slab's pages outlive it for as long as home tensors lie in them.
+            self.store.drop(index)
+            slab = self.store.build(index, base, block.weight_bytes() - base)
+        self._marks[index] = PARTLY_WRITTEN
         for weight in block.weights[cut:]:
             store_weight(weight, changed(weight), slab.stored[weight.offset - base :])
             weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
+        self._marks[index] = mark
         return slab
 
     def _valid_slab(self, index: int, mark: Hashable) -> Slab | None:

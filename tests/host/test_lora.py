@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from layerstream.streaming.host.patcher import StreamingModelPatcher
 
 from loras import apply, assert_survives_a_retry, assert_survives_faults, make_lora
+from scripts.tiny_models import build_tiny_model
 from streamed import assert_same_weights, on_simulated_card, stream, weights_of
 
 FAMILIES = ("flux", "zimage")
@@ -83,6 +87,29 @@ def test_only_blocks_that_a_lora_touches_are_loaded_again(card, load, sample):
     assert moved and all(name.startswith("single_blocks.3.") for name in moved)
 
 
+def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_no_memory(card, load, sample, monkeypatch):
+    model = load("flux", size="tiny")
+    lora = make_lora(model, seed=1)
+    expected = [sample(apply(model, lora, strength)) for strength in (0.5, -0.5)]
+    streamed = stream(model, 0.2)
+    sample(apply(streamed, lora, 1.0))
+    device, patcher = type(streamed.stream.device), StreamingModelPatcher
+    baked, locked = [], []
+    bake, lock = patcher.patch_weight_to_device, device.page_lock
+    monkeypatch.setattr(
+        patcher, "patch_weight_to_device", lambda *args, **to: (baked.append(args[1]), bake(*args, **to))
+    )
+    monkeypatch.setattr(device, "page_lock", lambda *args: (locked.append(args[1].nbytes), lock(*args))[1])
+    for strength, result in zip((0.5, -0.5), expected, strict=True):
+        changed = apply(streamed, lora, strength)
+        for _ in range(2):
+            assert torch.equal(sample(changed), result)
+        assert sorted(baked) == sorted(changed.patches) and not locked
+        baked.clear()
+    sample(streamed)
+    assert not baked and not locked
+
+
 def test_a_lora_survives_out_of_memory_and_interrupt(card, load, sample):
     model = load("flux", size="tiny")
     lora = make_lora(model, seed=1)
@@ -91,3 +118,25 @@ def test_a_lora_survives_out_of_memory_and_interrupt(card, load, sample):
     patched = apply(stream(model, 0.5), lora, 1.0)
     assert_survives_a_retry(patched, sample, expected)
     assert_survives_faults(patched, sample, expected)
+
+
+def test_a_lora_survives_running_out_of_memory_while_it_is_baked(card, load, sample, monkeypatch):
+    """Anywhere: what is in host memory of a block by then is not all of it."""
+    model = load("flux", size="tiny")
+    lora = make_lora(model, seed=1)
+    plain, expected = sample(model), sample(apply(model, lora, 1.0))
+    bake, bakes = StreamingModelPatcher.patch_weight_to_device, itertools.count()
+    failing: set[int] = set()
+
+    def bake_or_fail(self, *args, **options):
+        if next(bakes) in failing:
+            raise torch.OutOfMemoryError("while baking")
+        return bake(self, *args, **options)
+
+    monkeypatch.setattr(StreamingModelPatcher, "patch_weight_to_device", bake_or_fail)
+    for number in range(1, len(lora) // 2, 5):
+        streamed = stream(build_tiny_model("flux"), 0.2)
+        assert torch.equal(sample(streamed), plain)
+        failing = {next(bakes) + number}
+        assert torch.equal(sample(apply(streamed, lora, 1.0)), expected)
+        assert streamed.streaming_report()["rungs"], "it did not run out of memory"
