@@ -59,9 +59,7 @@ class Device(Protocol):
         `compute` is the stream that is current, before and after.
         """
 
-    def restore(
-        self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream
-    ) -> None:
+    def restore(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream) -> None:
         """Start restoring device bytes `packed` into device bytes `out` on `stream` and return at once.
 
         `compute` is the stream that is current, before and after. Only where there is a packer.
@@ -137,9 +135,7 @@ class CudaDevice:
         destination.copy_(source, non_blocking=True)
         torch.cuda.set_stream(compute)  # type: ignore[arg-type]
 
-    def restore(
-        self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream
-    ) -> None:
+    def restore(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream) -> None:
         assert self.packer is not None
         torch.cuda.set_stream(stream)  # type: ignore[arg-type]
         self.packer.decode(packed, layout, out)

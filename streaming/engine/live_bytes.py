@@ -91,9 +91,7 @@ def peak_of(module: Module, function: Callable[[], Any], device: torch.device) -
     with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         tables = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
         weights = {
-            f"module.{name}": torch.empty_strided(
-                weight.shape, weight.stride(), dtype=weight.dtype, device=device
-            )
+            f"module.{name}": torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
             for table in tables
             for name, weight in table
         }

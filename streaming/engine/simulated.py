@@ -114,9 +114,7 @@ class SimulatedDevice:
     assumed_restore = 1e9
     torch_device = torch.device("cpu")
 
-    def __init__(
-        self, budget_bytes: int, seed: int = 0, packer: Packer | None = None, has_clock: bool = False
-    ) -> None:
+    def __init__(self, budget_bytes: int, seed: int = 0, packer: Packer | None = None, has_clock: bool = False) -> None:
         """`has_clock` says that times shall be believed, which makes plans depend on chance."""
         self.budget_bytes = budget_bytes
         self._limit_bytes: int | None = None
@@ -177,9 +175,7 @@ class SimulatedDevice:
         touched = [read for read in self._reads if read.start < end and start < read.end]
         if any(read.stream is not stream and stream.seen.get(read.stream, 0) < read.position for read in touched):
             raise OrderingError("memory is overwritten without waiting for what reads it")
-        self._reads = [
-            read for read in self._reads if read.start < start or end < read.end or read not in touched
-        ]
+        self._reads = [read for read in self._reads if read.start < start or end < read.end or read not in touched]
 
     def note_read(self, memory: torch.Tensor, stream: SimulatedStream) -> None:
         position = stream.done + len(stream.pending)
