@@ -15,12 +15,16 @@ from .block import Block, Weight, as_parameter
 from .codec import RawCodec
 from .device import Device
 from .forecast import Form
+from .mapped import FileSlice
 from .packing import PACKABLE, Layout, worst_bytes
 from .plan import TINY_BYTES
 from .store import HostMemory, HostStore, Slab
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
+
+# Where a tensor's bytes lie in a file; None for one that is not mapped from there.
+FileOf = Callable[[torch.Tensor], FileSlice | None]
 
 # A packed block larger than this share of its raw bytes is left as it is: restoring it would cost more than it saves.
 WORTH_PACKING = 0.93
@@ -74,7 +78,11 @@ class BlockLoader:
     """Fills slabs and device memory for the blocks of one model."""
 
     def __init__(
-        self, device: Device, keep_home: Callable[[torch.Tensor], bool], host_memory: HostMemory
+        self,
+        device: Device,
+        keep_home: Callable[[torch.Tensor], bool],
+        file_of: FileOf,
+        host_memory: HostMemory,
     ) -> None:
         self.store = HostStore(device, host_memory)
         self.is_shelving = False
@@ -83,13 +91,12 @@ class BlockLoader:
         """What blocks packed to, by index; as many bytes as they have where packing them does not pay."""
         self._device = device
         self._keep_home = keep_home
+        self._file_of = file_of
         self._marks: dict[int, Hashable] = {}
         self._raw: torch.Tensor | None = None
         self._room: torch.Tensor | None = None
 
-    def place(
-        self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed
-    ) -> MovingBlock | None:
+    def place(self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed) -> MovingBlock | None:
         """Bring the moving weights of `block` into `form`; None when they are resident.
 
         A block that turns out not worth packing is left raw where it was to be.
@@ -168,7 +175,7 @@ class BlockLoader:
             slab = self.store.build(index, base, block.weight_bytes() - base)
         self._marks[index] = PARTLY_WRITTEN
         for weight in block.weights[cut:]:
-            store_weight(weight, changed(weight), slab.stored[weight.offset - base :])
+            self._store(weight, changed(weight), slab.stored[weight.offset - base :])
             weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
         self._marks[index] = mark
         return slab
@@ -195,7 +202,7 @@ class BlockLoader:
             memory.copy_(slab.stored)  # at the link's full speed, unlike homes in pages of a file
         for weight, tensor in block.views(memory, cut, len(block.weights), base):
             if slab is None:
-                store_weight(weight, changed(weight), memory[weight.offset - base :])
+                self._store(weight, changed(weight), memory[weight.offset - base :])
             weight.put(tensor)
         if is_shelved and slab is not None:
             self._adopt(slab, block, cut, mark)
@@ -215,8 +222,23 @@ class BlockLoader:
             return
         memory = self._device.allocate(block.offset_of(cut))
         for weight, tensor in block.views(memory, 0, cut, 0):
-            store_weight(weight, changed(weight), memory[weight.offset :])
+            self._store(weight, changed(weight), memory[weight.offset :])
             weight.put(tensor)
+
+    def _store(self, weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
+        """Write what `weight` is to hold into `stored`."""
+        source = weight.home if changed is None else changed
+        piece = stored[: weight.codec.stored_bytes]
+        if source.is_meta:
+            piece.zero_()  # the host leaves weights that its file lacks on `meta`; they count as zeros
+            return
+        file = self._file_of(weight.home)
+        is_verbatim = changed is None and isinstance(weight.codec, RawCodec) and not weight.dtype_changes
+        if file is not None and is_verbatim and file.read_into(piece):
+            return
+        weight.codec.encode(source, piece)
+        if file is not None:
+            file.release()
 
     # -- packed --------------------------------------------------------------------------------------------------
 
@@ -237,7 +259,7 @@ class BlockLoader:
         else:
             raw.zero_()  # the gaps between weights are packed too
             for weight in block.weights[cut:]:
-                store_weight(weight, changed(weight), raw[weight.offset - base :])
+                self._store(weight, changed(weight), raw[weight.offset - base :])
                 weight.put(weight.home)
         layout = packer.encode(raw, room, dtype)
         is_gain = layout.stored_bytes <= WORTH_PACKING * size
@@ -263,13 +285,3 @@ class BlockLoader:
         self.finish()
         self.store.close()
         self._marks.clear()
-
-
-def store_weight(weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
-    """Write what `weight` is to hold into `stored`."""
-    source = weight.home if changed is None else changed
-    piece = stored[: weight.codec.stored_bytes]
-    if source.is_meta:
-        piece.zero_()  # the host leaves weights that its file lacks on `meta`; they count as zeros
-    else:
-        weight.codec.encode(source, piece)

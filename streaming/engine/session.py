@@ -23,7 +23,7 @@ from .codec import align
 from .costs import CostSheet
 from .device import Device
 from .forecast import Forecast, forecast
-from .loader import BlockLoader, Changed, MovingBlock, cut_of
+from .loader import BlockLoader, Changed, FileOf, MovingBlock, cut_of
 from .meter import Meter, PassTimes
 from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan
@@ -57,12 +57,14 @@ class Session:
         keep_home: Callable[[torch.Tensor], bool],
         note_bound: NoteBound = lambda block, is_bound: None,
         host_memory: HostMemory | None = None,
+        file_of: FileOf = lambda tensor: None,
     ) -> None:
         """`keep_home(tensor)` says whether a home tensor costs no memory of its own (mapped from a file, say).
 
         Such a one is kept when a slab holds a copy of it; any other is replaced by the slab, so that no weight is in
         host memory twice. `note_bound` is told, in a pass, when a block's weights come to the device and when they go.
-        `host_memory` is what slabs are taken from, without bounds where it is not given.
+        `host_memory` is what slabs are taken from, without bounds where it is not given. `file_of(tensor)` says where a
+        home tensor's bytes lie in a file: they are read from there, and what is mapped is not kept in memory beside.
         """
         self.parts = parts
         self.device = device
@@ -70,7 +72,7 @@ class Session:
         self.plan: Plan | None = None
         self.is_running = False
         self._note_bound = note_bound
-        self._loader = BlockLoader(device, keep_home, host_memory or HostMemory())
+        self._loader = BlockLoader(device, keep_home, file_of, host_memory or HostMemory())
         self._costs = CostSheet(parts, device, self.meter, self._loader.packed_bytes)
         self._walk = Walk(range(len(parts.blocks)))
         self._marks: Marks | None = None

@@ -23,6 +23,7 @@ from comfy_execution.utils import get_executing_context
 from ..engine.block import take_apart
 from ..engine.codec import align
 from ..engine.device import Device
+from ..engine.mapped import FileSlice
 from ..engine.plan import Packing
 from ..engine.session import Session
 from .budget import host_memory
@@ -215,7 +216,7 @@ class ModelStream:
                 self.family.units,
                 lambda module, name: getattr(module, f"{name}_comfy_model_dtype", None) if is_dynamic else None,
             )
-            self._session = Session(parts, self.device, is_mapped, self.casting.note_bound, host_memory())
+            self._session = Session(parts, self.device, is_mapped, self.casting.note_bound, host_memory(), file_of)
         if self.is_shelved:
             self._session.shelve()
 
@@ -251,6 +252,16 @@ def stream_for(patcher: ModelPatcher, device: Device, family: Family | None = No
 def is_mapped(tensor: torch.Tensor) -> bool:
     """True for a weight that ComfyUI maps from its file: its pages cost nothing that the system cannot take back."""
     return tensor.is_meta or hasattr(_plain(tensor).untyped_storage(), "_comfy_tensor_file_slice")
+
+
+def file_of(tensor: torch.Tensor) -> FileSlice | None:
+    """Where in its file a weight lies that ComfyUI maps; None for any other, and where pieces of it are scattered."""
+    plain = _plain(tensor)
+    where = None if plain.is_meta else getattr(plain.untyped_storage(), "_comfy_tensor_file_slice", None)
+    if where is None or not isinstance(where.file_ref, int) or not plain.is_contiguous():
+        return None
+    offset = where.offset + plain.storage_offset() * plain.itemsize
+    return FileSlice(where.file_ref, offset, plain.nbytes, plain.data_ptr())
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""Weights that lie in a file and are mapped from there: read past the mapping, and its pages given back.
+
+In: where in an open file a tensor's bytes are. Out: those bytes in a slab. A page that is read through a mapping counts
+as this process's memory beside the slab that it was copied to, for as long as the file is mapped; what is read from the
+file is the system's to keep or drop. It is told to do neither: a plan made anew may want the weight again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import NamedTuple
+
+import torch
+
+
+class FileSlice(NamedTuple):
+    """Bytes of an open file, and the address that they are mapped at."""
+
+    descriptor: int
+    offset: int
+    size_bytes: int
+    address: int
+
+    def read_into(self, stored: torch.Tensor) -> bool:
+        """Fill uint8 host memory [size_bytes]; False where this system cannot, or the memory is a device's.
+
+        Raises OSError when the file has become shorter, where reading the mapping would end the process.
+        """
+        if not hasattr(os, "preadv") or stored.device.type != "cpu":
+            return False
+        left = stored.numpy().data
+        assert len(left) == self.size_bytes
+        position = self.offset
+        while left:
+            count = os.preadv(self.descriptor, [left], position)
+            if count == 0:
+                raise OSError(
+                    f"the file of a weight ends at byte {position} and {len(left)} more are needed: it was changed "
+                    "while it was open, so load the model again"
+                )
+            left, position = left[count:], position + count
+        return True
+
+    def release(self) -> None:
+        """Have the mapping's pages no longer count as this process's; whoever reads there again gets them anew."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = -(-self.address // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (self.address + self.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < end:
+            # Advice that is not taken changes nothing.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

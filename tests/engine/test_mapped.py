@@ -1,0 +1,114 @@
+"""Weights mapped from a file reach slab and device with their bits, and their pages are not in memory beside them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.mapped import FileSlice
+from layerstream.streaming.engine.packing import PlainPacker
+from layerstream.streaming.engine.session import Marks, Session
+from layerstream.streaming.engine.simulated import SimulatedDevice
+
+from walkers import make_input, make_walker, one_pass, plan_for
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+
+# As in safetensors files, weights begin anywhere.
+HEADER_BYTES = 1000
+
+
+def resident_bytes(path: Path) -> int:
+    """Bytes of this process's memory that are pages mapped from `path`."""
+    found, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            is_ours = line.endswith(str(path))
+        elif is_ours and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+class MappedWalker:
+    """A walker whose weights are mapped from a file, and where in it they are."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.path = path
+        self.walker = make_walker(width=256, inner=(1024,), dtype=dtype)
+        parameters = dict(self.walker.named_parameters())
+        stored = (bytes(parameter.view(torch.uint8).numpy()) for parameter in parameters.values())
+        path.write_bytes(bytes(HEADER_BYTES) + b"".join(stored))
+        self.file = path.open("rb")
+        memory = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.slices: dict[int, FileSlice] = {}
+        offset = HEADER_BYTES
+        for parameter in parameters.values():
+            mapped = torch.frombuffer(memory, dtype=dtype, count=parameter.numel(), offset=offset)
+            self.slices[mapped.data_ptr()] = FileSlice(self.file.fileno(), offset, mapped.nbytes, mapped.data_ptr())
+            parameter.data = mapped.view(parameter.shape)
+            offset += mapped.nbytes
+        self.size_bytes = offset
+
+    def attach(self, dtype: torch.dtype | None = None) -> Session:
+        parts = take_apart(self.walker, self.walker.units(), lambda module, name: dtype)
+        device = SimulatedDevice(1 << 30, packer=PlainPacker())
+        return Session(parts, device, lambda _: True, file_of=lambda tensor: self.slices.get(tensor.data_ptr()))
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_a_mapped_model_is_in_memory_once(tmp_path, kept, is_packed):
+    mapped = MappedWalker(tmp_path / "weights")
+    x = make_input(mapped.walker)
+    session = mapped.attach()
+    session.load(plan_for(session, kept, is_packed=is_packed))
+    assert resident_bytes(mapped.path) < 0.02 * mapped.size_bytes
+    found = one_pass(session, mapped.walker, x)
+    session.close()
+    assert torch.equal(mapped.walker(x), found), "the mapping is the home as before"
+    assert resident_bytes(mapped.path) > 0.9 * mapped.size_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["changed", "changed and converted"])
+def test_weights_that_are_converted_or_changed_leave_no_pages_either(tmp_path, dtype):
+    mapped = MappedWalker(tmp_path / "weights", torch.float32)
+    x = make_input(mapped.walker).to(dtype)
+    marks = Marks((None,) * 4 + ("halved",) * 4, None)
+    expected = make_walker(width=256, inner=(1024,), dtype=torch.float32)
+    for block in expected.blocks[4:]:
+        block.up.weight.mul_(0.5)
+    expected = expected.to(dtype)
+    session = mapped.attach(dtype)
+
+    def halve(weight):
+        return weight.home * 0.5 if weight.keys[0][7] in "4567" and "up.weight" in weight.keys[0] else None
+
+    session.load(plan_for(session, 0.5), marks=marks, changed=halve)
+    assert resident_bytes(mapped.path) < 0.15 * mapped.size_bytes, "the system maps pages around those that are read"
+    assert torch.equal(one_pass(session, mapped.walker, x), expected(x))
+
+
+def test_what_the_system_reads_in_pieces_is_put_together(monkeypatch, tmp_path):
+    mapped, read = MappedWalker(tmp_path / "weights"), os.preadv
+    x = make_input(mapped.walker)
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:50_000]], at))
+    session = mapped.attach()
+    session.load(plan_for(session, 0.0))
+    found = one_pass(session, mapped.walker, x)
+    session.close()
+    assert torch.equal(mapped.walker(x), found)
+
+
+def test_a_file_that_became_shorter_is_an_error_and_no_crash(tmp_path):
+    mapped = MappedWalker(tmp_path / "weights")
+    session = mapped.attach()
+    with mapped.path.open("r+b") as file:
+        file.truncate(HEADER_BYTES + mapped.size_bytes // 2)
+    with pytest.raises(OSError, match="load the model again"):
+        session.load(plan_for(session, 0.0))
+    assert session.plan is None
