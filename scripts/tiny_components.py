@@ -50,9 +50,7 @@ LLAMA = {
 ENCODERS = {
     "clip_l": Encoder("comfy.sd1_clip", "SD1ClipModel", {"clip_l": CLIP}, ("l",)),
     "clip_g": Encoder("comfy.sdxl_clip", "SDXLClipModel", {"clip_l": CLIP, "clip_g": CLIP}, ("l", "g")),
-    "t5xxl": Encoder(
-        "comfy.text_encoders.flux", "FluxClipModel", {"clip_l": CLIP, "t5xxl": T5}, ("l", "t5xxl")
-    ),
+    "t5xxl": Encoder("comfy.text_encoders.flux", "FluxClipModel", {"clip_l": CLIP, "t5xxl": T5}, ("l", "t5xxl")),
     "qwen3_4b": Encoder("comfy.text_encoders.z_image", "ZImageTEModel", {"qwen3_4b": LLAMA}, ("qwen3_4b",)),
     "qwen25_7b": Encoder(
         "comfy.text_encoders.qwen_image",

@@ -38,9 +38,7 @@ def load_diffusion_model(path: Path | str, **options: Any) -> GgufModelPatcher:
     file = GgufFile(path)
     architecture = file.architecture
     if architecture in TEXT_ARCHITECTURES:
-        raise GgufError(
-            f"{file.path.name} is a text encoder ({architecture}): load it with Load CLIP (GGUF, streamed)"
-        )
+        raise GgufError(f"{file.path.name} is a text encoder ({architecture}): load it with Load CLIP (GGUF, streamed)")
     logger.info("LayerStream: %s (%s): %s", file.path.name, architecture, file.summary())
     model = comfy.sd.load_diffusion_model_state_dict(
         file.tensors(),

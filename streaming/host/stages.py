@@ -107,9 +107,7 @@ def live_components() -> list[Component]:
 
 
 @contextmanager
-def stage(
-    kind: Stage, own: Component | None, patcher: Any, work_bytes: Callable[[], int]
-) -> Iterator[None]:
+def stage(kind: Stage, own: Component | None, patcher: Any, work_bytes: Callable[[], int]) -> Iterator[None]:
     """The scope of a stage. `own` is the component that works, None where it is ComfyUI's; `work_bytes` tells what it
     needs of the card besides weights, and is asked only where that decides anything.
     """

@@ -19,7 +19,16 @@ from streamed import on_simulated_card, weights_of
 
 CPU = torch.device("cpu")
 SAMPLED = (
-    "flux", "flux2", "zimage", "qwen-image", "sdxl", "sd35-medium", "wan21-t2v", "hunyuan-video", "ltxv", "cascade-c",
+    "flux",
+    "flux2",
+    "zimage",
+    "qwen-image",
+    "sdxl",
+    "sd35-medium",
+    "wan21-t2v",
+    "hunyuan-video",
+    "ltxv",
+    "cascade-c",
 )
 CLOSE = 0.02
 
