@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .block import Block, Weight, as_parameter
-from .codec import RawCodec
+from .codec import RawCodec, codec_for
 from .device import Device
 from .forecast import Form
 from .mapped import FileSlice
@@ -200,10 +200,11 @@ class BlockLoader:
         memory = self._device.allocate(size_bytes)
         if slab is not None:
             memory.copy_(slab.stored)  # at the link's full speed, unlike homes in pages of a file
-        for weight, tensor in block.views(memory, cut, len(block.weights), base):
-            if slab is None:
-                self._store(weight, changed(weight), memory[weight.offset - base :])
-            weight.put(tensor)
+            for weight, tensor in block.views(memory, cut, len(block.weights), base):
+                weight.put(tensor)
+        else:
+            for weight in block.weights[cut:]:
+                self._keep_weight(weight, changed(weight), memory[weight.offset - base :])
         if is_shelved and slab is not None:
             self._adopt(slab, block, cut, mark)
         else:
@@ -221,12 +222,27 @@ class BlockLoader:
         if cut == 0:
             return
         memory = self._device.allocate(block.offset_of(cut))
-        for weight, tensor in block.views(memory, 0, cut, 0):
-            self._store(weight, changed(weight), memory[weight.offset :])
-            weight.put(tensor)
+        for weight in block.weights[:cut]:
+            self._keep_weight(weight, changed(weight), memory[weight.offset :])
+
+    def _keep_weight(self, weight: Weight, changed: torch.Tensor | None, place: torch.Tensor) -> None:
+        """Put on the device what `weight` is to hold: into `place`, or into memory of its own where it has grown."""
+        codec = weight.codec
+        if changed is not None and changed.shape != weight.home.shape:
+            codec = codec_for(changed)
+            place = self._device.allocate(codec.stored_bytes)
+            codec.encode(changed, place)
+        else:
+            self._store(weight, changed, place)
+        weight.put(codec.decode(place[: codec.stored_bytes]))
 
     def _store(self, weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
-        """Write what `weight` is to hold into `stored`."""
+        """Write what `weight` is to hold into `stored`. Raises ValueError for a changed weight of another shape."""
+        if changed is not None and changed.shape != weight.home.shape:
+            raise ValueError(
+                f"`{weight.keys[0]}` streams as {tuple(weight.home.shape)}, and a LoRA makes it {tuple(changed.shape)}: "
+                "set mode to off for this model, or leave that LoRA out"
+            )
         source = weight.home if changed is None else changed
         piece = stored[: weight.codec.stored_bytes]
         if source.is_meta:

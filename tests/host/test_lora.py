@@ -33,6 +33,38 @@ def test_before_and_after_the_node(card, load, sample, family, kept):
     assert torch.equal(sample(stream(model, kept)), plain)
 
 
+def growing(layer: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """A LoRA that makes a layer take more inputs, so that an image comes in beside the noise."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"diffusion_model.{layer}.lora_up.weight": torch.randn(rows, 4, generator=generator) * 0.1,
+        f"diffusion_model.{layer}.lora_down.weight": torch.randn(4, columns, generator=generator) * 0.1,
+        f"diffusion_model.{layer}.reshape_weight": torch.tensor(shape),
+    }
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_lora_that_enlarges_the_first_layer(card, load, sample, kept):
+    model = load("flux", size="tiny")
+    plain, (rows, columns) = sample(model), model.model.diffusion_model.img_in.weight.shape
+    lora = growing("img_in", (rows, 2 * columns))
+    expected = sample(apply(model, lora, 1.0))
+    assert not torch.equal(expected, plain)
+    streamed = stream(model, kept)
+    assert torch.equal(sample(apply(streamed, lora, 1.0)), expected)
+    assert torch.equal(sample(streamed), plain)
+
+
+def test_a_lora_that_enlarges_a_layer_that_streams_is_refused_with_a_remedy(card, load, sample):
+    model = load("flux", size="tiny")
+    expected = sample(model)
+    streamed = stream(model, 0.0)
+    with pytest.raises(ValueError, match=r"single_blocks\.1\.linear1\.weight.*set mode to off"):
+        sample(apply(streamed, growing("single_blocks.1.linear1", (2048, 512)), 1.0))
+    assert torch.equal(sample(streamed), expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_that_comes_to_a_model_already_packed(monkeypatch, load, sample, family):
     on_simulated_card(monkeypatch, seed=5, is_packed=True)
