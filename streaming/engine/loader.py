@@ -211,8 +211,8 @@ class BlockLoader:
             self.store.drop(index)
 
     def keep_outside(self, block: Block, mark: Hashable, changed: Changed) -> None:
-        """Put what lies outside the blocks on the device for good."""
-        if self.is_shelving:
+        """Put what lies outside the blocks on the device for good; without a copy if changed: it may have grown."""
+        if self.is_shelving and mark is None:
             self._keep(OUTSIDE, block, 0, mark, changed)
         else:
             self.keep_first(block, len(block.weights), changed)
@@ -239,8 +239,9 @@ class BlockLoader:
     def _store(self, weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
         """Write what `weight` is to hold into `stored`. Raises ValueError for a changed weight of another shape."""
         if changed is not None and changed.shape != weight.home.shape:
+            shapes = tuple(weight.home.shape), tuple(changed.shape)
             raise ValueError(
-                f"`{weight.keys[0]}` streams as {tuple(weight.home.shape)}, and a LoRA makes it {tuple(changed.shape)}: "
+                f"`{weight.keys[0]}` streams as {shapes[0]}, and a LoRA makes it {shapes[1]}: "
                 "set mode to off for this model, or leave that LoRA out"
             )
         source = weight.home if changed is None else changed

@@ -22,12 +22,14 @@ LAYER_WEIGHTS = ("weight", "bias")
 
 
 def patch_key(patcher: StreamingModelPatcher, weight: Weight) -> str | None:
-    """The name by which patches know `weight`; None if it has none, or only such as ComfyUI never applies: to weights
-    of a module that has others below it.
+    """The name by which patches know `weight`; None if it has none, or only such as ComfyUI never applies: to buffers,
+    and to weights of a module that has others below it.
     """
     for name, site in zip(weight.keys, weight.sites, strict=True):
         key = patcher.stream.key(name)
-        if key in patcher.patches and not any("." in below for below, _ in site.module.named_parameters()):
+        if key not in patcher.patches or site.is_buffer:
+            continue
+        if not any("." in below for below, _ in site.module.named_parameters()):
             return key
     return None
 
