@@ -123,6 +123,9 @@ class HostStore:
         self._host_memory = host_memory
         self._slabs: dict[int, Slab] = {}
         self._warned = False
+        # Kept up to date instead of added up: they are read several times a second, by other threads, to be shown.
+        self.host_bytes = 0
+        self.page_locked_bytes = 0
 
     def __getitem__(self, index: int) -> Slab:
         return self._slabs[index]
@@ -144,21 +147,19 @@ class HostStore:
                 "link's speed; close other programs, or raise ram_gb on a VRAM Budget node"
             )
         self._slabs[index] = slab
+        self._count(slab, 1)
         return slab
 
     def drop(self, index: int) -> None:
         slab = self._slabs.pop(index, None)
         if slab is not None:
+            self._count(slab, -1)
             slab.close()
 
     def close(self) -> None:
         for index in list(self._slabs):
             self.drop(index)
 
-    @property
-    def host_bytes(self) -> int:
-        return sum(slab.size_bytes for slab in tuple(self._slabs.values()))  # other threads read it, to be shown
-
-    @property
-    def page_locked_bytes(self) -> int:
-        return sum(slab.size_bytes for slab in tuple(self._slabs.values()) if slab.is_locked)
+    def _count(self, slab: Slab, sign: int) -> None:
+        self.host_bytes += sign * slab.size_bytes
+        self.page_locked_bytes += sign * slab.size_bytes * slab.is_locked

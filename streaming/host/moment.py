@@ -53,7 +53,7 @@ class Observer:
             "run": run,
             "card": card._asdict() if card else None,
             "host": ram_use(streams)._asdict(),
-            "models": [_model(patcher) for patcher in loaded_patchers()],
+            "models": [self._model(patcher) for patcher in loaded_patchers()],
             "sessions": [_session(stream, seen) for stream, seen in zip(streams, known, strict=True)],
         }
 
@@ -70,6 +70,19 @@ class Observer:
             known.plan, known.times, known.is_in_place = plan, times, is_in_place
         known.is_in_run = is_in_run
         return known
+
+    def _model(self, patcher: Any) -> dict[str, Any]:
+        streams = is_streamed(patcher)
+        known = self._known.get(patcher.stream) if streams else None
+        # Adding up the blocks of a streamed model takes longer than all else here.
+        size = known.resident_bytes + patcher.stream.session.ring_bytes if known else patcher.loaded_size()
+        return {
+            "name": type(patcher.model).__name__,
+            "device": str(patcher.load_device),
+            "loaded_bytes": int(size),
+            "total_bytes": int(patcher.model_size()),
+            "streams": streams,
+        }
 
 
 def _session(stream: ModelStream, known: _Known) -> dict[str, Any]:
@@ -112,13 +125,3 @@ def _strip(stream: ModelStream, letters: str) -> str:
         elif place.is_held and place.is_fresh and strip[place.index] != RUNNING:
             strip[place.index] = FETCHED
     return "".join(strip)
-
-
-def _model(patcher: Any) -> dict[str, Any]:
-    return {
-        "name": type(patcher.model).__name__,
-        "device": str(patcher.load_device),
-        "loaded_bytes": int(patcher.loaded_size()),
-        "total_bytes": int(patcher.model_size()),
-        "streams": is_streamed(patcher),
-    }
