@@ -111,12 +111,13 @@ class BlockLoader:
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
         room, layout = packed
-        self.store.drop(index)
         if form.is_streamed:
-            slab = self.store.build(index, block.offset_of(cut), layout.stored_bytes, layout)
-            self._marks[index] = mark
+            slab = self.store.build_packed(index, block.offset_of(cut), layout)
+            self._marks[index] = PARTLY_WRITTEN
             slab.stored.copy_(room)
+            self._marks[index] = mark
             return self._placed(block, cut, slab.stored, layout, mark)
+        self.store.drop(index)
         kept = self._device.allocate(layout.stored_bytes)
         kept.copy_(room)
         return self._placed(block, cut, None, layout, mark, kept)
@@ -152,7 +153,7 @@ class BlockLoader:
         slab = self._raw_slab(index, block, cut, mark, changed)
         for weight, tensor in self._adopt(slab, block, cut, mark):
             weight.put(tensor)
-        return MovingBlock(block, cut, slab.size_bytes, slab.stored, None)
+        return MovingBlock(block, cut, slab.stored.nbytes, slab.stored, None)
 
     def _adopt(self, slab: Slab, block: Block, cut: int, mark: Hashable) -> list[tuple[Weight, torch.Tensor]]:
         """Make a slab the home of the weights that it holds unchanged; give all of its weights."""

@@ -20,6 +20,9 @@ from .packing import Layout
 
 GIB = 1024**3
 
+# Pages of packed bytes have room for one in so many more: locking other pages takes longer than filling them.
+SPARE_SHARE = 128
+
 logger = logging.getLogger("layerstream")
 
 
@@ -75,6 +78,7 @@ class HostMemory:
 class Slab:
     """Page-locked bytes of one block, from byte `base` of its layout to the block's end; packed if it has a `layout`.
 
+    `stored` is what is in use of them: what is packed anew, with other changes, seldom has the same size to the byte.
     Tensors that view a slab keep its memory alive after the slab is closed; it is ordinary memory then.
     """
 
@@ -83,15 +87,23 @@ class Slab:
     ) -> None:
         self.base = base
         self.layout = layout
-        self.stored = _anonymous_pages(size_bytes)
-        self.is_locked = host_memory.take(self.stored, device)
+        self._memory = _anonymous_pages(size_bytes if layout is None else size_bytes + size_bytes // SPARE_SHARE)
+        self.stored = self._memory[:size_bytes]
+        self.is_locked = host_memory.take(self._memory, device)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
-        address = self.stored.data_ptr() if self.is_locked else None
-        self._give_back = weakref.finalize(self, host_memory.give_back, size_bytes, address, device)
+        address = self._memory.data_ptr() if self.is_locked else None
+        self._give_back = weakref.finalize(self, host_memory.give_back, self.size_bytes, address, device)
 
     @property
     def size_bytes(self) -> int:
-        return self.stored.nbytes
+        return self._memory.nbytes
+
+    def pack_anew(self, layout: Layout) -> bool:
+        """Have room for other packed bytes in place of those it holds; False if they do not fit."""
+        if self.layout is None or layout.stored_bytes > self.size_bytes:
+            return False
+        self.layout, self.stored = layout, self._memory[: layout.stored_bytes]
+        return True
 
     def close(self) -> None:
         """Unlock the pages; safe to call twice."""
@@ -149,6 +161,14 @@ class HostStore:
         self._slabs[index] = slab
         self._count(slab, 1)
         return slab
+
+    def build_packed(self, index: int, base: int, layout: Layout) -> Slab:
+        """The slab of block `index` for packed bytes, in the pages of the packed bytes it had if there were such."""
+        slab = self.get(index)
+        if slab is not None and slab.pack_anew(layout):
+            return slab
+        self.drop(index)
+        return self.build(index, base, layout.stored_bytes, layout)
 
     def drop(self, index: int) -> None:
         slab = self._slabs.pop(index, None)

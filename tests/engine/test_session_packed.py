@@ -21,7 +21,8 @@ def test_packed_weights_take_less_page_locked_memory_and_keep_their_homes():
     session = attach(walker, device)
     plan = plan_for(session, ALL_STREAMED, is_packed=True)
     session.load(plan)
-    assert session.page_locked_bytes == session.link_bytes <= 0.75 * plan.streamed_bytes
+    assert session.link_bytes <= session.page_locked_bytes <= 1.01 * session.link_bytes
+    assert session.page_locked_bytes <= 0.73 * plan.streamed_bytes
     for block in session.parts.blocks:
         for weight in block.weights:
             assert not weight.home.is_meta and weight.current().shape == weight.home.shape

@@ -123,12 +123,15 @@ def test_only_blocks_that_a_lora_touches_are_loaded_again(card, load, sample):
     assert moved and all(name.startswith("single_blocks.3.") for name in moved)
 
 
-def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_no_memory(card, load, sample, monkeypatch):
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_no_memory(load, sample, monkeypatch, is_packed):
+    on_simulated_card(monkeypatch, seed=5, is_packed=is_packed)
     model = load("flux", size="tiny")
     lora = make_lora(model, seed=1)
     expected = [sample(apply(model, lora, strength)) for strength in (0.5, -0.5)]
     streamed = stream(model, 0.2)
     sample(apply(streamed, lora, 1.0))
+    assert streamed.stream.session.is_packed == is_packed
     device, patcher = type(streamed.stream.device), StreamingModelPatcher
     baked, locked = [], []
     bake, lock = patcher.patch_weight_to_device, device.page_lock
