@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layerstream.streaming.engine import mapped
 from layerstream.streaming.engine.block import take_apart
 from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.packing import PlainPacker
@@ -63,52 +64,66 @@ class MappedWalker:
 @pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
 def test_a_mapped_model_is_in_memory_once(tmp_path, kept, is_packed):
-    mapped = MappedWalker(tmp_path / "weights")
-    x = make_input(mapped.walker)
-    session = mapped.attach()
+    model = MappedWalker(tmp_path / "weights")
+    x = make_input(model.walker)
+    session = model.attach()
     session.load(plan_for(session, kept, is_packed=is_packed))
-    assert resident_bytes(mapped.path) < 0.02 * mapped.size_bytes
-    found = one_pass(session, mapped.walker, x)
+    assert resident_bytes(model.path) < 0.02 * model.size_bytes
+    found = one_pass(session, model.walker, x)
     session.close()
-    assert torch.equal(mapped.walker(x), found), "the mapping is the home as before"
-    assert resident_bytes(mapped.path) > 0.9 * mapped.size_bytes
+    assert torch.equal(model.walker(x), found), "the mapping is the home as before"
+    assert resident_bytes(model.path) > 0.9 * model.size_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["changed", "changed and converted"])
 def test_weights_that_are_converted_or_changed_leave_no_pages_either(tmp_path, dtype):
-    mapped = MappedWalker(tmp_path / "weights", torch.float32)
-    x = make_input(mapped.walker).to(dtype)
+    model = MappedWalker(tmp_path / "weights", torch.float32)
+    x = make_input(model.walker).to(dtype)
     marks = Marks((None,) * 4 + ("halved",) * 4, None)
     expected = make_walker(width=256, inner=(1024,), dtype=torch.float32)
     for block in expected.blocks[4:]:
         block.up.weight.mul_(0.5)
     expected = expected.to(dtype)
-    session = mapped.attach(dtype)
+    session = model.attach(dtype)
 
     def halve(weight):
         return weight.home * 0.5 if weight.keys[0][7] in "4567" and "up.weight" in weight.keys[0] else None
 
     session.load(plan_for(session, 0.5), marks=marks, changed=halve)
-    assert resident_bytes(mapped.path) < 0.15 * mapped.size_bytes, "the system maps pages around those that are read"
-    assert torch.equal(one_pass(session, mapped.walker, x), expected(x))
+    assert resident_bytes(model.path) < 0.15 * model.size_bytes, "the system maps pages around those that are read"
+    assert torch.equal(one_pass(session, model.walker, x), expected(x))
 
 
 def test_what_the_system_reads_in_pieces_is_put_together(monkeypatch, tmp_path):
-    mapped, read = MappedWalker(tmp_path / "weights"), os.preadv
-    x = make_input(mapped.walker)
+    model, read = MappedWalker(tmp_path / "weights"), os.preadv
+    x = make_input(model.walker)
     monkeypatch.setattr(os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:50_000]], at))
-    session = mapped.attach()
+    session = model.attach()
     session.load(plan_for(session, 0.0))
-    found = one_pass(session, mapped.walker, x)
+    found = one_pass(session, model.walker, x)
     session.close()
-    assert torch.equal(mapped.walker(x), found)
+    assert torch.equal(model.walker(x), found)
 
 
 def test_a_file_that_became_shorter_is_an_error_and_no_crash(tmp_path):
-    mapped = MappedWalker(tmp_path / "weights")
-    session = mapped.attach()
-    with mapped.path.open("r+b") as file:
-        file.truncate(HEADER_BYTES + mapped.size_bytes // 2)
+    model = MappedWalker(tmp_path / "weights")
+    session = model.attach()
+    with model.path.open("r+b") as file:
+        file.truncate(HEADER_BYTES + model.size_bytes // 2)
     with pytest.raises(OSError, match="load the model again"):
         session.load(plan_for(session, 0.0))
     assert session.plan is None
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 999, 1000, 123_456])
+def test_readers_share_a_weight(monkeypatch, tmp_path, size_bytes):
+    monkeypatch.setattr(mapped, "PIECE_BYTES", 1000)
+    path, expected = tmp_path / "weights", torch.randint(256, (size_bytes,), dtype=torch.uint8)
+    path.write_bytes(bytes(HEADER_BYTES) + bytes(expected.numpy()))
+    with path.open("rb") as file:
+        place, stored = FileSlice(file.fileno(), HEADER_BYTES, size_bytes, 0), torch.zeros_like(expected)
+        assert place.read_into(stored) and torch.equal(stored, expected)
+        if size_bytes:
+            os.truncate(path, HEADER_BYTES + size_bytes - 1)
+            with pytest.raises(OSError, match=f"ends at byte {HEADER_BYTES + size_bytes - 1} and 1 more"):
+                place.read_into(stored)
