@@ -7,7 +7,7 @@ bytes. Nothing here allocates device memory or knows when a block runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -89,9 +89,22 @@ class Weight:
         return self.sites[0].get()
 
 
-def ready_to_put(views: Iterable[tuple[Weight, torch.Tensor]]) -> list[tuple[Weight, torch.Tensor]]:
-    """Wrap tensors as their sites want them, so that putting them there later costs one dictionary write."""
-    return [(weight, tensor if weight.sites[0].is_buffer else as_parameter(tensor)) for weight, tensor in views]
+class Slot(NamedTuple):
+    """What a module shall hold under a name, and the table where it does: putting it there is one dictionary write."""
+
+    table: dict[str, Any]
+    name: str
+    tensor: torch.Tensor
+
+
+def slots_for(views: Iterable[tuple[Weight, torch.Tensor]]) -> list[Slot]:
+    """For each tensor, its slot in every module that shares the weight."""
+    slots = []
+    for weight, tensor in views:
+        for site in weight.sites:
+            table: dict[str, Any] = site.module._buffers if site.is_buffer else site.module._parameters
+            slots.append(Slot(table, site.name, tensor if site.is_buffer else as_parameter(tensor)))
+    return slots
 
 
 class Block:

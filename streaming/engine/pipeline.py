@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .block import Block, Weight, ready_to_put
+from .block import Block, Slot, slots_for
 from .device import Device
 from .loader import MovingBlock
 from .meter import Meter, Visit
@@ -28,7 +28,7 @@ from .walk import Walk
 NoteBound = Callable[[Block, bool], None]
 """Told that the weights of a block came to the device (True), or went back to the host."""
 
-Bound = tuple[Place, Visit | None, list[tuple[Weight, torch.Tensor]]]
+Bound = tuple[Place, Visit | None, list[Slot]]
 
 
 class Pipeline:
@@ -57,7 +57,7 @@ class Pipeline:
         self._note_bound = note_bound
         self._copying = Copying(device, moving, ring, scratch, walk, meter)
         self._restoring = Restoring(device, moving, scratch, ring, walk, meter)
-        self._views: dict[int, list[tuple[Weight, torch.Tensor]]] = {}
+        self._slots: dict[int, list[Slot]] = {}
         self._bound: dict[int, Bound] = {}
         self._visits: dict[int, Visit] = {}
         self._compute = device.compute_stream()
@@ -122,7 +122,7 @@ class Pipeline:
         elif self._walk.finish():
             self._copying.ring.arrange(self._walk.order)
             self._restoring.ring.arrange(self._walk.order)
-            self._views.clear()
+            self._slots.clear()
             self._settle()
         self._meter.finish_pass(whole)
 
@@ -142,20 +142,20 @@ class Pipeline:
         self._copying.stream.synchronize()
         self._restoring.stream.synchronize()
         self._meter.collect(wait=True)
-        self._views.clear()
+        self._slots.clear()
 
     # -- a block -------------------------------------------------------------------------------------------------
 
     def _arrive(self, index: int) -> None:
         place = self._called_for(index)
         if place is not None:
-            views = self._views_of(index, place.memory)
+            slots = self._slots_of(index, place.memory)
         else:  # it runs inside another one
             self._meter.current.unplaced += 1
             if not self._moving[index].differs:
                 return  # its host tensors are in its module, and the host casts those
             place = self._aside(index)
-            views = self._view(index, place.memory)
+            slots = self._make_slots(index, place.memory)
         visit = self._meter.visit(index)
         if visit is not None:
             visit.asked.record(self._compute)
@@ -163,11 +163,9 @@ class Pipeline:
         place.is_bound, place.is_fresh = True, False
         if visit is not None:
             visit.running.record(self._compute)
-        before = []
-        for weight, tensor in views:
-            before.append((weight, weight.current()))
-            weight.put(tensor)
-        self._bound[index] = place, visit, before
+        self._bound[index] = place, visit, [Slot(table, name, table[name]) for table, name, _ in slots]
+        for table, name, tensor in slots:
+            table[name] = tensor
         self._note_bound(self._blocks[index], True)
 
     def _called_for(self, index: int) -> Place | None:
@@ -211,8 +209,8 @@ class Pipeline:
         place, visit, before = self._bound.pop(index)
         if visit is not None:
             visit.done.record(self._compute)
-        for weight, tensor in before:
-            weight.put(tensor)
+        for table, name, tensor in before:
+            table[name] = tensor
         self._note_bound(self._blocks[index], False)
         place.free.record(self._compute)
         self._device.note_read(place.memory, self._compute)
@@ -224,16 +222,16 @@ class Pipeline:
         self._copying.refill()
         self._restoring.refill()
 
-    def _views_of(self, index: int, memory: torch.Tensor) -> list[tuple[Weight, torch.Tensor]]:
+    def _slots_of(self, index: int, memory: torch.Tensor) -> list[Slot]:
         """The block's weights as tensors over `memory`; made once for its place, since making them costs time."""
-        views = self._views.get(index)
-        if views is None:
-            views = self._views[index] = self._view(index, memory)
-        return views
+        slots = self._slots.get(index)
+        if slots is None:
+            slots = self._slots[index] = self._make_slots(index, memory)
+        return slots
 
-    def _view(self, index: int, memory: torch.Tensor) -> list[tuple[Weight, torch.Tensor]]:
+    def _make_slots(self, index: int, memory: torch.Tensor) -> list[Slot]:
         block, cut = self._blocks[index], self._moving[index].cut
-        return ready_to_put(block.views(memory, cut, len(block.weights), block.offset_of(cut)))
+        return slots_for(block.views(memory, cut, len(block.weights), block.offset_of(cut)))
 
     # -- a block that only is timed ------------------------------------------------------------------------------
 
