@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,17 @@ ERROR_LINES = 12
 
 class ChildError(RuntimeError):
     """A child process failed; the message is the end of what it printed."""
+
+
+@contextmanager
+def saying_why(name: str) -> Iterator[None]:
+    """The scope of a command's work: what a person can mend ends it with a sentence instead of a trace."""
+    from scripts.hosts import HostError
+
+    try:
+        yield
+    except (ChildError, HostError, ValueError) as error:
+        raise SystemExit(f"bench.{name}: {error}") from error
 
 
 def child_command(module: str, arguments: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Literal
 from bench.arguments import add_shared_arguments, make_spec, model_size, read_contenders
 from bench.case import measure_case
 from bench.checkpoint import SEED
-from bench.child import ChildError
+from bench.child import saying_why
 from bench.gguf_pack import PACK_VARIABLE
 from bench.machine import find_checkpoint, find_machine
 from bench.results import brief
@@ -66,12 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    from scripts.hosts import HostError
-
-    try:
+    with saying_why("gguf_step"):
         run(parse_arguments())
-    except (ChildError, HostError, ValueError) as error:
-        raise SystemExit(f"bench.gguf_step: {error}") from error
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from bench.arguments import add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
-from bench.child import ChildError
+from bench.child import saying_why
 from bench.half import read_free
 from bench.machine import Checkpoint, find_checkpoint, find_machine
 from bench.results import brief, lacks
@@ -91,10 +91,9 @@ def _name(spec: StepSpec) -> str:
 
 
 def main() -> None:
-    from scripts.hosts import HostError
     from scripts.measured import picture, table
 
-    try:
+    with saying_why("matrix"):
         arguments = parse_arguments()
         results = run(arguments)
         if not results:
@@ -107,8 +106,6 @@ def main() -> None:
         print(json.dumps({"cases": [brief(result) for result in results], "wanting": wanting}), flush=True)
         if wanting:
             sys.exit(1)
-    except (ChildError, HostError, ValueError) as error:
-        raise SystemExit(f"bench.matrix: {error}") from error
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.arguments import add_shared_arguments, make_spec, read_contenders
 from bench.case import result_of
-from bench.child import ChildError
+from bench.child import saying_why
 from bench.contest import run_contenders
 from bench.machine import find_checkpoint, find_machine
 from bench.results import Row, write_result
@@ -98,12 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    from scripts.hosts import HostError
-
-    try:
+    with saying_why("startup"):
         run(parse_arguments())
-    except (ChildError, HostError, ValueError) as error:
-        raise SystemExit(f"bench.startup: {error}") from error
 
 
 if __name__ == "__main__":

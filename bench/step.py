@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.arguments import add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
-from bench.child import ChildError
+from bench.child import saying_why
 from bench.half import read_free
 from bench.machine import find_checkpoint, find_machine
 from bench.results import brief
@@ -52,12 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    from scripts.hosts import HostError
-
-    try:
+    with saying_why("step"):
         run(parse_arguments())
-    except (ChildError, HostError, ValueError) as error:
-        raise SystemExit(f"bench.step: {error}") from error
 
 
 if __name__ == "__main__":
