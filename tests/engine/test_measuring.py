@@ -1,0 +1,98 @@
+"""What passes take is measured once a plan, inside a run, and planned with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layerstream.streaming.engine import meter
+from layerstream.streaming.engine.packing import PlainPacker
+from layerstream.streaming.engine.simulated import SimulatedDevice
+
+from walkers import attach, make_input, make_walker, one_pass, plan_for
+
+
+def test_what_a_pass_took_is_measured_and_planned_with(monkeypatch):
+    monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
+    walker = make_walker(count=12)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker(), has_clock=True))
+    session.load(plan_for(session, 0.4))
+    assert session.expect(session.plan) is None
+    one_pass(session, walker, x)
+    one_pass(session, walker, x)
+    assert not session.measure()
+    one_pass(session, walker, x)
+    assert session.measure() and not session.measure()
+    times = session.meter.times
+    assert list(times.blocks) == list(range(12))
+    assert all(block.compute_ms > 0 for block in times.blocks.values())
+    parts = sum(times.total_ms(part) for part in ("lead_ms", "wait_ms", "restore_ms", "compute_ms")) + times.tail_ms
+    assert parts == pytest.approx(times.pass_ms, rel=1e-3)
+    session.meter.best = replace(session.meter.best, tail_ms=session.meter.best.tail_ms + 1e-3)
+    assert not session.measure(), "as long as before"
+    quicker = {
+        index: replace(block, compute_ms=0.1 * block.compute_ms, lead_ms=0.1 * block.lead_ms)
+        for index, block in times.blocks.items()
+    }
+    session.meter.best = replace(times, blocks=quicker, tail_ms=0.1 * times.tail_ms)
+    assert session.measure() and not session.measure(), "far less than the plan was made for"
+    session.meter.best = times
+    forecast = session.expect(session.plan)
+    assert 0 < forecast.compute_ms <= 1.001 * (parts - times.total_ms("wait_ms"))
+    session.load(session.propose(session.plan.device_bytes + 400_000))
+    assert torch.equal(one_pass(session, walker, x), expected)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A loaded session whose times are believed, and a function that runs passes: what was measured before each."""
+    monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
+    walker = make_walker(count=12)
+    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker(), has_clock=True))
+    session.load(plan_for(session, 0.4))
+
+    def run(passes: int) -> list[bool]:
+        measured = []
+        for _ in range(passes):
+            measured.append(session.measure())
+            one_pass(session, walker, make_input(walker))
+        return measured
+
+    return session, run
+
+
+def test_when_times_are_forgotten_the_next_ones_are_measured_and_nothing_before(timed):
+    session, run = timed
+    assert run(5) == [False, False, False, True, False]
+    session.end_run()
+    session.forget_times()
+    assert run(5) == [False, False, False, True, False]
+    session.forget_times()
+    assert run(5) == [False, False, False, True, False], "in mid-run too"
+    assert session.expect(session.plan) is not None
+
+
+def test_what_short_runs_took_is_measured_inside_a_run(timed):
+    session, run = timed
+    assert run(3) == [False, False, False]
+    session.end_run()
+    assert run(3) == [False, True, False], "before the first pass nothing shows what compute takes of the device"
+
+
+def test_passes_that_run_no_block_measure_nothing(timed):
+    session, run = timed
+    order, session.parts.outside.module.order = session.parts.outside.module.order, []
+    assert run(5) == [False] * 5
+    session.parts.outside.module.order = order
+    assert session.meter.best is None and session.expect(session.plan) is None
+
+
+def test_times_known_when_a_plan_was_made_are_not_measured_under_it(timed):
+    session, run = timed
+    run(3)
+    session.end_run()
+    session.load(session.propose(session.plan.device_bytes + 400_000))
+    assert run(5) == [False, False, False, True, False]
