@@ -24,17 +24,20 @@ class Site(NamedTuple):
     name: str
     is_buffer: bool
 
+    @property
+    def table(self) -> dict[str, Any]:
+        """What the module holds of this kind, by name."""
+        return self.module._buffers if self.is_buffer else self.module._parameters
+
+    def as_held(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` as the table wants it."""
+        return tensor if self.is_buffer else as_parameter(tensor)
+
     def put(self, tensor: torch.Tensor) -> None:
-        if self.is_buffer:
-            self.module._buffers[self.name] = tensor
-        else:
-            self.module._parameters[self.name] = as_parameter(tensor)
+        self.table[self.name] = self.as_held(tensor)
 
     def get(self) -> torch.Tensor:
-        table = self.module._buffers if self.is_buffer else self.module._parameters
-        tensor = table[self.name]
-        assert tensor is not None
-        return tensor
+        return self.table[self.name]
 
 
 def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
@@ -99,12 +102,7 @@ class Slot(NamedTuple):
 
 def slots_for(views: Iterable[tuple[Weight, torch.Tensor]]) -> list[Slot]:
     """For each tensor, its slot in every module that shares the weight."""
-    slots = []
-    for weight, tensor in views:
-        for site in weight.sites:
-            table: dict[str, Any] = site.module._buffers if site.is_buffer else site.module._parameters
-            slots.append(Slot(table, site.name, tensor if site.is_buffer else as_parameter(tensor)))
-    return slots
+    return [Slot(site.table, site.name, site.as_held(tensor)) for weight, tensor in views for site in weight.sites]
 
 
 class Block:

@@ -69,7 +69,7 @@ class WrapperCodec:
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
         """Raises TypeError for a weight of other parts, which this layout has no place for."""
-        found = parts_of(weight)
+        found: dict[str, torch.Tensor] = flattened(weight)[0] if is_traceable_wrapper_subclass(weight) else {}
         for (name, part), piece in zip(self.parts, self._pieces(stored), strict=True):
             if name not in found or codec_for(found[name]).stored_bytes != part.stored_bytes:
                 raise TypeError(
@@ -120,27 +120,26 @@ class TaggedCodec:
         return self.kind(raw, tensor_type=self.tensor_type, tensor_shape=self.tensor_shape, patches=[])
 
 
-def parts_of(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that a wrapper holds, by its flatten protocol; none for a plain tensor."""
-    if not is_traceable_wrapper_subclass(weight):
-        return {}
-    names, _ = weight.__tensor_flatten__()  # before it, ComfyUI's quantised tensors lack some of these attributes
-    return {name: getattr(weight, name) for name in names}
+def flattened(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors that a wrapper holds, and what else makes it, by its flatten protocol."""
+    names, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    # Before that, ComfyUI's quantised tensors lack some of these attributes.
+    return {name: getattr(weight, name) for name in names}, context
 
 
 def rewrapped(weight: torch.Tensor) -> torch.Tensor:
     """Another wrapper of the same parts. `detach` would give ComfyUI's quantised tensors scales of their own."""
-    _, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts, context = flattened(weight)
     return weight.__tensor_unflatten__(  # type: ignore[attr-defined, no-any-return]
-        parts_of(weight), context, weight.shape, weight.stride()
+        parts, context, weight.shape, weight.stride()
     )
 
 
 def codec_for(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Codec:
     """Choose how `weight` travels; `dtype` is the one it is converted to on its way into the slab, None for its own."""
     if is_traceable_wrapper_subclass(weight):
-        _, context = weight.__tensor_flatten__()
-        parts = tuple((name, codec_for(part)) for name, part in parts_of(weight).items())
+        found, context = flattened(weight)
+        parts = tuple((name, codec_for(part)) for name, part in found.items())
         return WrapperCodec(type(weight), parts, context, tuple(weight.shape), tuple(weight.stride()))
     tensor_type, tensor_shape = (getattr(weight, tag, None) for tag in ("tensor_type", "tensor_shape"))
     if tensor_type is not None and tensor_shape is not None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-# One reader copies what the system has in its cache at a fraction of what memory allows.
+# What the system has in its cache is copied by whoever reads it: on two processors, two readers had 6.5 GiB/s, one 4.9.
 READERS = 4
 PIECE_BYTES = 8 * 1024**2
 

@@ -20,7 +20,7 @@ from .packing import Layout
 
 GIB = 1024**3
 
-# Pages of packed bytes have room for one in so many more: locking other pages takes longer than filling them.
+# Pages of packed bytes have room for one in so many more, so that what is packed anew needs no others.
 SPARE_SHARE = 128
 
 logger = logging.getLogger("layerstream")
