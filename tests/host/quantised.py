@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import comfy.sd
 import torch
+from layerstream.streaming.engine.codec import flattened
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scripts import host_layouts
 from scripts.hosts import Host
@@ -146,6 +148,11 @@ def random_weights(name: str, seed: int = 0) -> Tensors:
         tensor.name: (tensor.center + tensor.spread * torch.randn(tensor.shape, generator=generator)).bfloat16()
         for tensor in host_layouts.diffusion_model(name, SETTINGS[name])
     }
+
+
+def parts_of(weight: Any) -> Tensors:
+    """The tensors that a quantised weight is made of, by name; none for any other."""
+    return flattened(weight)[0] if is_traceable_wrapper_subclass(weight) else {}
 
 
 def is_in(host: Host, kind: str) -> bool:

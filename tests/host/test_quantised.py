@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import comfy.model_management
 import pytest
 import torch
-from layerstream.streaming.engine.codec import align, parts_of
+from layerstream.streaming.engine.codec import align
 from layerstream.streaming.engine.loader import cut_of
 
 from conftest import HOST
 from loras import apply, make_lora
 from products import DEQUANTISED, Products, counted_products
-from quantised import KINDS, File, is_in, load, write
+from quantised import KINDS, File, is_in, load, parts_of, write
 from scripts.division import divide, narrow_units
 from scripts.family_matrix import ALL_STREAMED, HALF, stream
 from scripts.model_configurations import OLDER

@@ -15,11 +15,10 @@ import comfy.utils
 import pytest
 import torch
 from layerstream.nodes.layer_stream_clip import LayerStreamClip
-from layerstream.streaming.engine.codec import parts_of
 from layerstream.streaming.engine.loader import cut_of
 
 from conftest import HOST
-from quantised import KINDS, is_in, layers_of
+from quantised import KINDS, is_in, layers_of, parts_of
 from scripts.division import narrow_units
 from scripts.model_configurations import OLDER
 from scripts.tiny_components import ENCODERS, tiny_clip, tokens_for
