@@ -1,7 +1,7 @@
 """Runs every check and test of this repository and sums them up.
 
 The static checks and the tests of the engine, the formats and the benchmarks run once; those of the host and those in a
-browser run once for each ComfyUI, in processes of their own.
+browser run once for each ComfyUI, in processes of their own, two at a time: each keeps to one processor.
 ComfyUI 0.3.75 out of the wheel is always among them. Ends with the line `N passed, N failed` (and `, N skipped`).
 """
 
@@ -12,6 +12,8 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ FORMATS_TESTS = "tests/formats"
 BENCH_TESTS = "tests/bench"
 HOST_TESTS = "tests/host"
 BROWSER_TESTS = "tests/browser"
+AT_A_TIME = 2
+"""How many runs of tests share the machine: each takes one processor and, at its peak, some 5 GiB."""
 
 
 class Outcome(NamedTuple):
@@ -52,14 +56,16 @@ def main() -> None:
         print("\n".join(str(host.path) for host in hosts))
         return
     outcomes = [check("ruff", ["ruff", "check", "."]), *check_types()]
-    outcomes.append(run_tests("engine", ENGINE_TESTS, {}))
-    outcomes.append(run_tests("formats", FORMATS_TESTS, {}))
+    named = {host: {COMFYUI_PATH: str(host.path)} for host in hosts}
+    # What takes longest begins first.
+    runs = [partial(run_tests, host.name, HOST_TESTS, named[host]) for host in reversed(hosts)]
     # They look for hosts themselves and open each in a process of its own.
-    outcomes.append(run_tests("bench", BENCH_TESTS, {COMFYUI_PATH: os.pathsep.join(str(host.path) for host in hosts)}))
-    for host in hosts:
-        environment = {COMFYUI_PATH: str(host.path)}
-        outcomes.append(run_tests(host.name, HOST_TESTS, environment))
-        outcomes.append(run_tests(f"browser {host.version}", BROWSER_TESTS, environment))
+    all_named = {COMFYUI_PATH: os.pathsep.join(str(host.path) for host in hosts)}
+    runs += [partial(run_tests, "bench", BENCH_TESTS, all_named), partial(run_tests, "engine", ENGINE_TESTS, {})]
+    runs += [partial(run_tests, f"browser {host.version}", BROWSER_TESTS, named[host]) for host in hosts]
+    runs.append(partial(run_tests, "formats", FORMATS_TESTS, {}))
+    with ThreadPoolExecutor(min(AT_A_TIME, os.cpu_count() or 1)) as pool:
+        outcomes += pool.map(lambda run: run(), runs)
     sys.exit(summarise(outcomes))
 
 
@@ -72,12 +78,23 @@ def hosts_under_test() -> list[Host]:
 
 
 def check(name: str, arguments: list[str], environment: Mapping[str, str] | None = None) -> Outcome:
-    """Run `python -m` with `arguments` from the repository's root; it passes if it exits with status 0."""
-    print(f"\n=== {name}: {' '.join(arguments)}", flush=True)
+    """Run `python -m` with `arguments` from the repository's root; it passes if it exits with status 0.
+
+    What it prints is shown when it ends: another check may run beside it.
+    """
+    print(f"... {name}", flush=True)
     begin = time.monotonic()
     process = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, **(environment or {})}, check=False
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
     )
+    print(f"\n=== {name}: {' '.join(arguments)}\n{process.stdout}", end="", flush=True)
     passed = process.returncode == 0
     return Outcome(name, int(passed), int(not passed), 0, time.monotonic() - begin)
 
