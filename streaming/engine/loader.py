@@ -96,6 +96,12 @@ class BlockLoader:
         self._raw: torch.Tensor | None = None
         self._room: torch.Tensor | None = None
 
+    @property
+    def changed_bytes(self) -> int:
+        """Bytes of slabs that hold something else than home tensors do."""
+        slabs = (self.store.get(index) for index, mark in self._marks.items() if mark is not None)
+        return sum(slab.size_bytes for slab in slabs if slab is not None)
+
     def place(self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed) -> MovingBlock | None:
         """Bring the moving weights of `block` into `form`; None when they are resident.
 

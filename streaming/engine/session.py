@@ -195,6 +195,11 @@ class Session:
     def page_locked_bytes(self) -> int:
         return self._loader.store.page_locked_bytes
 
+    @property
+    def changed_bytes(self) -> int:
+        """What slabs of changed weights take of host memory."""
+        return self._loader.changed_bytes
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     def shelve(self) -> None:

@@ -7,35 +7,15 @@ ComfyUI's own, that of its low-memory way. A model that streams keeps what patch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.utils
-from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.model_patcher import ModelPatcher
 
-from ..engine.device import Device
-from ..engine.store import Slab
 from ..formats.gguf_tensor import GgufTensor
-from .budget import host_memory
-from .locked_patches import page_locked
 from .patcher import StreamingModelPatcher
+from .run_time_patches import RunTimePatch, lock
 from .tagged_weights import TaggedStreamingModelPatcher, is_tagged
-
-
-class RunTimePatch(LowVramPatch):
-    """What one call of `add_patches` said of one weight."""
-
-    slab: Slab | None = None
-    """Page-locked memory that its tensors lie in, with those of other patches; None where they are as they came."""
-
-
-def lock(patches: Sequence[RunTimePatch], device: Device) -> None:
-    """Have `patches` hold their tensors in page-locked memory, if there is such; those that do already stay there."""
-    fresh = [patch for patch in patches if patch.slab is None]
-    locked = page_locked([patch.patches[patch.key] for patch in fresh], device, host_memory())
-    if locked is not None:
-        for patch, values in zip(fresh, locked.values, strict=True):
-            patch.patches[patch.key], patch.slab = values, locked.slab
 
 
 class GgufPatches(ModelPatcher if TYPE_CHECKING else object):  # type: ignore[misc]

@@ -25,7 +25,7 @@ Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # the s
 
 
 def write_ledger(patcher: StreamingModelPatcher) -> None:
-    """Bring the ledger of `patcher` up to date, hang its weight wrappers on their layers and switch casting on."""
+    """Bring the ledger of `patcher` up to date, hang on layers what they apply as they run and switch casting on."""
     stream, session, model = patcher.stream, patcher.stream.session, patcher.model
     for block in (*session.parts.blocks, session.parts.outside):
         for weight in block.weights:
@@ -39,13 +39,15 @@ def write_ledger(patcher: StreamingModelPatcher) -> None:
         module.comfy_patched_weights = module in patched
         wipe_lowvram_weight(module)
         for kind in LAYER_WEIGHTS:
-            functions = patcher.weight_wrapper_patches.get(f"{name}.{kind}")
+            key = f"{name}.{kind}"
+            at_run_time = patcher.run_time_patches.get(key)
+            functions = ([at_run_time] if at_run_time else []) + patcher.weight_wrapper_patches.get(key, [])
             if functions:
                 getattr(module, f"{kind}_function").extend(functions)
         move_weight_functions(module, patcher.load_device)
     stream.casting.arm(model, session.parts, session.moving_modules(), always=patcher.force_cast_weights)
     model.model_lowvram = True
-    model.lowvram_patch_counter = 0
+    model.lowvram_patch_counter = len(patcher.run_time_patches)
     model.device = patcher.load_device
     model.model_loaded_weight_memory = session.resident_bytes
     model.current_weight_patches_uuid = stream.load_id

@@ -1,4 +1,4 @@
-"""Which weights have patches, and how those reach whoever reads a model that streams.
+"""Which weights have patches baked into them, and how those reach whoever reads a model that streams.
 
 In: a streaming patcher. Out: answers about its patches. The newer ComfyUI reads a model's weights, to save them say,
 without asking for patched ones first: it adds patches to the weights and biases of its own layers as it reads them, but
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
 
 LAYER_WEIGHTS = ("weight", "bias")
+"""What ComfyUI's layers can patch as they run, and as they are read."""
 
 
 def patch_key(patcher: StreamingModelPatcher, weight: Weight) -> str | None:
-    """The name by which patches know `weight`; None if it has none, or only such as ComfyUI never applies: to buffers,
-    and to weights of a module that has others below it.
+    """The name by which patches know `weight`; None if none are to be baked into it. Some are applied at run time, and
+    some never by ComfyUI: to buffers, and to weights of a module that has others below it.
     """
     for name, site in zip(weight.keys, weight.sites, strict=True):
         key = patcher.stream.key(name)
-        if key not in patcher.patches or site.is_buffer:
+        if key not in patcher.patches or key in patcher.run_time_patches or site.is_buffer:
             continue
         if not any("." in below for below, _ in site.module.named_parameters()):
             return key

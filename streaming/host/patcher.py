@@ -32,6 +32,7 @@ from .ledger import write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .patched import is_patched_when_read, patch_key
 from .planning import choose_plan, least_left
+from .run_time_patches import RunTimePatch, decide
 from .settings import GIB, Mode, StreamingSettings
 from .streams import ModelStream, stream_for
 from .summary import summary
@@ -141,6 +142,8 @@ class StreamingModelPatcher(ModelPatcher):
             self._take_over()
             stream, session = self.stream, self.stream.session
             self._is_to_be_read = force_patch_weights
+            if not force_patch_weights:
+                stream.run_time = decide(self)
             allowed = float("inf") if full_load else lowvram_model_memory
             plan = self._choose(allowed)
             fresh = plan is not session.plan or not stream.is_in_place
@@ -235,6 +238,12 @@ class StreamingModelPatcher(ModelPatcher):
         blocks = self.stream.session.parts.blocks
         patched = (index for index, mark in enumerate(self._marks().blocks) if mark is not None)
         return {index for index in patched if self._is_to_be_read or not is_patched_when_read(self, blocks[index])}
+
+    @property
+    def run_time_patches(self) -> dict[str, RunTimePatch]:
+        """The patches that are applied as their layer runs, by weight. Others are baked, and for readers all are."""
+        run_time = None if self._is_to_be_read else self.stream.run_time
+        return run_time.by_key if run_time else {}
 
     def _changed_weight(self, weight: Weight) -> torch.Tensor | None:
         """The weight with its patches, computed by ComfyUI on the card as for a full load; None if it has none."""

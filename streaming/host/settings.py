@@ -20,14 +20,27 @@ class Mode(str, Enum):
     OFF = "off"
 
 
+class Patching(str, Enum):
+    """How LoRAs and other patches reach the weights of layers that can apply them as they run.
+
+    `baked` computes each patched weight once and streams the result: the bits of ComfyUI's full load. `run_time`
+    streams the weights as they are and patches them whenever their layer runs: the bits of its low-memory way. `auto`
+    bakes unless RAM is too short for the patched weights beside the others.
+    """
+
+    AUTO = "auto"
+    BAKED = "baked"
+    RUN_TIME = "run_time"
+
+
 @dataclass(frozen=True)
 class StreamingSettings:
     """How one model is to be streamed.
 
     `prefetch_blocks` is how many blocks are fetched ahead, 0 for what measures best. `vram_gib` bounds what the model's
     weights take of the card: 0 is what ComfyUI reports as free, a negative number is free memory less that many GiB.
-    `min_free_mib` stays free on the card whatever else is set. `packing` says what may be packed. `budget` is a bound
-    that is shared with other models, None where there is none.
+    `min_free_mib` stays free on the card whatever else is set. `packing` says what may be packed, `patching`
+    how patches are applied. `budget` is a bound that is shared with other models, None where there is none.
     """
 
     mode: Mode = Mode.AUTO
@@ -35,11 +48,13 @@ class StreamingSettings:
     vram_gib: float = 0.0
     min_free_mib: int = 256
     packing: Packing = Packing.AUTO
+    patching: Patching = Patching.AUTO
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))
         object.__setattr__(self, "packing", Packing(self.packing))
+        object.__setattr__(self, "patching", Patching(self.patching))
         if not 0 <= self.prefetch_blocks <= MOST_PREFETCH:
             raise ValueError(f"prefetch_blocks is {self.prefetch_blocks}: set it between 0 and {MOST_PREFETCH}")
         if self.min_free_mib < 0:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -33,9 +33,12 @@ from .moves import Moves
 from .restraint import FREE, Restraint
 from .settings import StreamingSettings
 
+if TYPE_CHECKING:
+    from .run_time_patches import RunTimePatches
+
 ROOT = "diffusion_model"
 
-# RAM that packing leaves for everything else.
+# RAM that copies of weights leave for everything else.
 SPARE_RAM_BYTES = 8 * 1024**3
 
 # Packed bytes of a weight against its own, at the worst seen.
@@ -90,6 +93,8 @@ class ModelStream:
     """What weights and ring can take on the card in a run of this shape, as seen in one; None until then."""
     compute_bytes: int = 0
     """What compute took of the card beside them at its peak."""
+    run_time: RunTimePatches | None = None
+    """Which patches are applied as their layer runs, as it was decided at the last load."""
     casting: CastSwitch = field(default_factory=CastSwitch)
     number: int = field(default_factory=itertools.count(1).__next__)
     """What tells it from other streams where it is shown."""
@@ -201,9 +206,11 @@ class ModelStream:
             for weight in block.weights
             if not is_mapped(weight.home)
         )
-        if needed == 0:
-            return True
-        return psutil.virtual_memory().available + self.session.host_bytes > PACKED_SHARE * needed + SPARE_RAM_BYTES
+        return self.has_ram_for(int(PACKED_SHARE * needed) - self.session.host_bytes)
+
+    def has_ram_for(self, size_bytes: int) -> bool:
+        """Whether so many bytes more leave the RAM that the system and other programs need."""
+        return size_bytes <= 0 or psutil.virtual_memory().available > size_bytes + SPARE_RAM_BYTES
 
     def open(self, is_dynamic: bool) -> None:
         """Make the session if there is none. The model must hold its own weights, unchanged, on the host.

@@ -23,8 +23,15 @@ def summary(patcher: StreamingModelPatcher) -> str:
     return (
         f"{name}: {len(session.parts.blocks)} blocks, {session.resident_bytes / GIB:.2f} GiB resident, "
         f"{plan.streamed_bytes / GIB:.2f} GiB streamed a step {_form(patcher)}, "
-        f"ring {plan.ring_bytes / GIB:.2f} GiB, host {session.host_bytes / GIB:.2f} GiB"
+        f"ring {plan.ring_bytes / GIB:.2f} GiB, host {session.host_bytes / GIB:.2f} GiB{_patches(patcher)}"
     )
+
+
+def _patches(patcher: StreamingModelPatcher) -> str:
+    """How patches are applied, where there are any."""
+    if not patcher.patches:
+        return ""
+    return f", LoRAs {'applied as layers run' if patcher.run_time_patches else 'in the weights'}"
 
 
 def _form(patcher: StreamingModelPatcher) -> str:

@@ -1,8 +1,9 @@
-"""LoRAs with random values for any model."""
+"""LoRAs with random values for any model, and ComfyUI's two ways to apply them."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -29,6 +30,17 @@ def make_lora(model, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
 def apply(model, lora, strength: float):
     """As the node LoraLoaderModelOnly does."""
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def on_low_memory(model: Any) -> Any:
+    """Have ComfyUI load the weights of `model` and its clones in its low-memory way, none of them patched in place."""
+
+    class OnLowMemory(type(model)):
+        def load(self, device_to=None, lowvram_model_memory=0, **options):
+            super().load(device_to, lowvram_model_memory=1, **{**options, "full_load": False})
+
+    model.__class__ = OnLowMemory
+    return model
 
 
 def assert_survives_faults(patched, sample, expected: torch.Tensor) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.hooks
 import pytest
 import torch
+from layerstream.streaming.host.settings import Patching
 
-from loras import apply, make_lora
+from loras import apply, make_lora, on_low_memory
 from plugged import assert_equal_streamed, assert_streams_as, node, sample, stream_all, stream_half
 from scripts.division import narrow_units
 from scripts.family_matrix import simulated_card
@@ -84,6 +87,19 @@ def test_scheduled_loras(name, is_packed):
         lora, other = make_lora(model, seed=3), make_lora(model, seed=4)
     change = scheduled(comfy.hooks.create_hook_lora(lora, 1.0, 1.0))
     assert_equal_streamed(name, lambda model: apply(model, other, 0.8), change, steps=4, is_packed=is_packed)
+
+
+def test_scheduled_loras_beside_one_at_run_time():
+    with narrow_units(), torch.inference_mode():
+        model = build_tiny_model("flux")
+        lora, other = make_lora(model, seed=3), make_lora(model, seed=4)
+        change = scheduled(comfy.hooks.create_hook_lora(lora, 1.0, 1.0))
+        expected = sample(on_low_memory(apply(model, other, 0.8)), "flux", change, steps=4)
+        for how in (stream_all, stream_half):
+            with simulated_card(0):
+                streamed = how(model)
+                streamed.settings = replace(streamed.settings, patching=Patching.RUN_TIME)
+                assert_streams_as(apply(streamed, other, 0.8), expected, "flux", change, steps=4)
 
 
 def test_a_model_as_a_scheduled_lora():

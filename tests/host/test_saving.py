@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import comfy.sd
 import pytest
-import safetensors.torch
 import torch
 
 from loras import apply, make_lora
+from saving import assert_same, saved
 from streamed import on_simulated_card, stream
-
-
-def saved(model, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors that ComfyUI's nodes for saving write."""
-    with torch.inference_mode():
-        comfy.sd.save_checkpoint(str(path), model)
-    return safetensors.torch.load_file(path)
 
 
 def patched(model, lora):
@@ -27,12 +17,6 @@ def patched(model, lora):
         if name.endswith("pad_token"):
             model.add_patches({name: ("diff", (torch.ones_like(tensor),))}, 0.5)
     return model
-
-
-def assert_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert result.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(result[name], tensor), name
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
