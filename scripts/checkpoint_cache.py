@@ -2,13 +2,15 @@
 
 In: which file is wanted. Out: its path, written on the first request. Before one is written, files of other versions of
 the writing code are deleted, and as many of this one, the longest unused first, as lie above `KEPT_BYTES`: disks of
-continuous integration are small. A file that is asked for again is written again, with the same bytes.
+continuous integration are small. What was asked for just now stays, since another process may be about to open it. A
+file that is asked for again is written again, with the same bytes.
 """
 
 import contextlib
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,8 @@ WORKFLOW_FILES = {
 """Where the example workflow's files lie under a models folder: the names of the published Z-Image files."""
 KEPT_BYTES = 4 << 30
 """What files may take beside the one being written: more than any one workflow's narrow files."""
+IN_USE_S = 600
+"""For how long after it was asked for a file may be wanted by whoever did."""
 FULL = "-full"
 """In the names of files of full size: made for one measurement, larger than all this, and the person's to delete."""
 
@@ -110,7 +114,7 @@ def _delete_longest_unused(folder: Path) -> None:
     kept_bytes = 0
     for path in files:
         kept_bytes += path.stat().st_size
-        if kept_bytes > KEPT_BYTES:
+        if kept_bytes > KEPT_BYTES and time.time() - path.stat().st_mtime > IN_USE_S:
             # Windows refuses while a server has it open.
             with contextlib.suppress(PermissionError):
                 path.unlink()

@@ -26,6 +26,10 @@ class Codec(Protocol):
     @property
     def stored_bytes(self) -> int: ...
 
+    @property
+    def is_verbatim(self) -> bool:
+        """Whether what is stored of a weight in one piece of memory begins with the bytes of that memory."""
+
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
         """Write `weight` (any device) into `stored`, a uint8 tensor [stored_bytes]."""
 
@@ -44,6 +48,10 @@ class RawCodec:
     @property
     def stored_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def is_verbatim(self) -> bool:
+        return True
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
         self.decode(stored).copy_(weight.reshape(self.shape))  # a patched scale may have one axis more
@@ -66,6 +74,10 @@ class WrapperCodec:
     @property
     def stored_bytes(self) -> int:
         return sum(align(part.stored_bytes) for _, part in self.parts)
+
+    @property
+    def is_verbatim(self) -> bool:
+        return len(self.parts) == 1 and self.parts[0][1].is_verbatim
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
         """Raises TypeError for a weight of other parts, which this layout has no place for."""
@@ -105,6 +117,10 @@ class TaggedCodec:
     @property
     def stored_bytes(self) -> int:
         return self.raw.stored_bytes
+
+    @property
+    def is_verbatim(self) -> bool:
+        return self.raw.is_verbatim
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
         """Raises TypeError for a tensor of another kind, patched values say."""

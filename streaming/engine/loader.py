@@ -6,7 +6,7 @@ module. Slabs are kept and used again as long as they hold what is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from .forecast import Form
 from .mapped import FileSlice
 from .packing import PACKABLE, Layout, worst_bytes
 from .plan import TINY_BYTES
+from .staging import Staged, choose_left
 from .store import HostMemory, HostStore, Slab
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
@@ -57,15 +58,15 @@ def packable_dtype(block: Block) -> torch.dtype | None:
 class MovingBlock:
     """A block whose weights from `cut` on are brought or restored each time it runs.
 
-    `source` is what crosses the link, packed if there is a `layout`; None for a block that is kept packed on the
-    device. `raw_bytes` is what it is when it runs. A packed block that holds changed weights `differs` from the home
-    tensors that stand in its module while it does not run.
+    `source` is what crosses the link, packed if there is a `layout`, or whence that is brought to where it can; None
+    for a block that is kept packed on the device. `raw_bytes` is what it is when it runs. A packed block that holds
+    changed weights `differs` from the home tensors that stand in its module while it does not run.
     """
 
     block: Block
     cut: int
     raw_bytes: int
-    source: torch.Tensor | None
+    source: torch.Tensor | Staged | None
     layout: Layout | None
     differs: bool = False
 
@@ -87,6 +88,8 @@ class BlockLoader:
         self.store = HostStore(device, host_memory)
         self.is_shelving = False
         """Whether what stays on the device keeps a page-locked copy on the host, to leave and return at link speed."""
+        self.in_file: set[int] = set()
+        """The blocks that get no slab: they are read from their file whenever they run."""
         self.packed_bytes: dict[int, int] = {}
         """What blocks packed to, by index; as many bytes as they have where packing them does not pay."""
         self._device = device
@@ -108,11 +111,13 @@ class BlockLoader:
         A block that turns out not worth packing is left raw where it was to be.
         """
         cut = cut_of(block)
+        if index in self.in_file:
+            return self._leave_in_file(index, block, cut)
         if not form.is_packed:
             return self._place_raw(index, block, cut, form, mark, changed)
         slab = self.store.get(index)
         if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
-            return self._placed(block, cut, slab.stored, slab.layout, mark)
+            return self._placed(block, cut, slab, slab.layout, mark)
         packed = self._pack(index, block, cut, mark, changed)
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
@@ -122,7 +127,7 @@ class BlockLoader:
             self._marks[index] = PARTLY_WRITTEN
             slab.stored.copy_(room)
             self._marks[index] = mark
-            return self._placed(block, cut, slab.stored, layout, mark)
+            return self._placed(block, cut, slab, layout, mark)
         self.store.drop(index)
         kept = self._device.allocate(layout.stored_bytes)
         kept.copy_(room)
@@ -132,7 +137,7 @@ class BlockLoader:
         self,
         block: Block,
         cut: int,
-        source: torch.Tensor | None,
+        slab: Slab | None,
         layout: Layout,
         mark: Hashable,
         kept: torch.Tensor | None = None,
@@ -146,6 +151,7 @@ class BlockLoader:
             setattr(own, KEPT, kept)
             weight.put(own)
         raw_bytes = block.weight_bytes() - block.offset_of(cut)
+        source = None if slab is None else _source_of(slab)
         return MovingBlock(block, cut, raw_bytes, source, layout, differs=mark is not None)
 
     # -- raw -----------------------------------------------------------------------------------------------------
@@ -159,7 +165,37 @@ class BlockLoader:
         slab = self._raw_slab(index, block, cut, mark, changed)
         for weight, tensor in self._adopt(slab, block, cut, mark):
             weight.put(tensor)
-        return MovingBlock(block, cut, slab.stored.nbytes, slab.stored, None)
+        return MovingBlock(block, cut, slab.stored.nbytes, _source_of(slab), None)
+
+    def choose_in_file(self, sizes: Mapping[int, int], unchanged: Mapping[int, Block]) -> set[int]:
+        """Which of the blocks whose slabs would have `sizes`, in the order they run, get none for want of host memory.
+
+        Only of the `unchanged` ones: their weights can be read again at any time, where they are mapped.
+        """
+        readable = {
+            index: size_bytes
+            for index, size_bytes in sizes.items()
+            if index in unchanged and self._is_mapped(unchanged[index])
+        }
+        others_bytes = sum(sizes.values()) - sum(readable.values())
+        room_bytes = self.store.host_memory.room_for_copies() + self.store.host_bytes - others_bytes
+        return choose_left(readable, room_bytes, self.in_file)
+
+    def _is_mapped(self, block: Block) -> bool:
+        return all(self._keep_home(weight.home) for weight in block.weights[cut_of(block) :])
+
+    def _leave_in_file(self, index: int, block: Block, cut: int) -> MovingBlock:
+        self.store.drop(index)
+        for weight in block.weights[cut:]:
+            weight.put(weight.home)
+        base = block.offset_of(cut)
+        size_bytes = block.weight_bytes() - base
+
+        def read_into(stored: torch.Tensor) -> None:
+            for weight in block.weights[cut:]:
+                self._store(weight, None, stored[weight.offset - base :])
+
+        return MovingBlock(block, cut, size_bytes, Staged(size_bytes, read_into, in_file=True), None)
 
     def _adopt(self, slab: Slab, block: Block, cut: int, mark: Hashable) -> list[tuple[Weight, torch.Tensor]]:
         """Make a slab the home of the weights that it holds unchanged; give all of its weights."""
@@ -257,8 +293,8 @@ class BlockLoader:
             piece.zero_()  # the host leaves weights that its file lacks on `meta`; they count as zeros
             return
         file = self._file_of(weight.home)
-        is_verbatim = changed is None and isinstance(weight.codec, RawCodec) and not weight.dtype_changes
-        if file is not None and is_verbatim and file.read_into(piece):
+        is_verbatim = changed is None and weight.codec.is_verbatim and not weight.dtype_changes
+        if file is not None and is_verbatim and file.read_into(piece[: file.size_bytes]):
             return
         weight.codec.encode(source, piece)
         if file is not None:
@@ -309,3 +345,9 @@ class BlockLoader:
         self.finish()
         self.store.close()
         self._marks.clear()
+
+
+def _source_of(slab: Slab) -> torch.Tensor | Staged:
+    """What of a slab crosses the link: its bytes where they are locked, else by way of a buffer that is."""
+    stored = slab.stored
+    return stored if slab.is_locked else Staged(stored.nbytes, lambda buffer: buffer.copy_(stored), in_file=False)

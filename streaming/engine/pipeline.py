@@ -23,6 +23,7 @@ from .loader import MovingBlock
 from .meter import Meter, Visit
 from .ring import Place, Ring
 from .stage import Copying, Restoring, Stage
+from .staging import Staged, Staging
 from .walk import Walk
 
 NoteBound = Callable[[Block, bool], None]
@@ -35,7 +36,8 @@ class Pipeline:
     """Brings blocks to the device in time. Every method is called by the thread that runs the model.
 
     `moving` are the blocks that are streamed or restored, by their index in `blocks`; the others are only timed.
-    `ring` has the places of those that are copied, `scratch` of those that are restored.
+    `ring` has the places of those that are copied, `scratch` of those that are restored; what is not in locked memory
+    comes by way of `staging`, which ends with this.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Pipeline:
         moving: Mapping[int, MovingBlock],
         ring: Ring,
         scratch: Ring,
+        staging: Staging | None,
         walk: Walk,
         meter: Meter,
         note_bound: NoteBound,
@@ -55,7 +58,8 @@ class Pipeline:
         self._walk = walk
         self._meter = meter
         self._note_bound = note_bound
-        self._copying = Copying(device, moving, ring, scratch, walk, meter)
+        self._staging = staging
+        self._copying = Copying(device, moving, ring, scratch, staging, walk, meter)
         self._restoring = Restoring(device, moving, scratch, ring, walk, meter)
         self._slots: dict[int, list[Slot]] = {}
         self._bound: dict[int, Bound] = {}
@@ -141,6 +145,8 @@ class Pipeline:
         self._meter.close_trace(self._device.compute_stream())
         self._copying.stream.synchronize()
         self._restoring.stream.synchronize()
+        if self._staging is not None:
+            self._staging.close()
         self._meter.collect(wait=True)
         self._slots.clear()
 
@@ -192,8 +198,14 @@ class Pipeline:
         if moving.source is None:
             packed = moving.kept()
         else:
-            packed = self._device.allocate(moving.source.nbytes)
-            self._device.copy(packed, moving.source, compute, compute)
+            source = moving.source
+            if isinstance(source, Staged):
+                stored = torch.empty(source.nbytes, dtype=torch.uint8)
+                source.read_into(stored)
+            else:
+                stored = source
+            packed = self._device.allocate(source.nbytes)
+            self._device.copy(packed, stored, compute, compute)
         place = Place(index, self._device)
         place.memory = self._device.allocate(moving.raw_bytes)
         self._device.restore(packed, moving.layout, place.memory, compute, compute)

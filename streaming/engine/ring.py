@@ -77,7 +77,7 @@ class Ring:
         for other in self._in_the_way(place):
             assert not other.is_bound, "a block was given memory that another one reads"
             stream.wait_event(other.free)
-            self._let_go(other)
+            self.let_go(other)
             self._device.discard(other.memory, stream)
         place.is_held = place.is_fresh = True
         self._held.append(place)
@@ -87,7 +87,8 @@ class Ring:
     def _in_the_way(self, place: Place) -> list[Place]:
         return [other for other in self._held if other.start < place.end and place.start < other.end]
 
-    def _let_go(self, place: Place) -> None:
+    def let_go(self, place: Place) -> None:
+        """Take note that nothing that anyone wants lies in `place` any more."""
         place.is_held = place.is_fresh = False
         self._held.remove(place)
         self.missing += 1
@@ -95,7 +96,7 @@ class Ring:
     def empty(self) -> None:
         """Forget what the ring holds, but for what is bound."""
         for place in [place for place in self._held if not place.is_bound]:
-            self._let_go(place)
+            self.let_go(place)
 
     def check(self) -> None:
         """Prove that no two blocks hold the same bytes and that none is bound without being held."""

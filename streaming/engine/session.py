@@ -29,6 +29,7 @@ from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan
 from .planner import make_plan
 from .ring import Place, Ring
+from .staging import Staged, Staging
 from .store import HostMemory
 from .walk import Walk
 
@@ -61,10 +62,11 @@ class Session:
     ) -> None:
         """`keep_home(tensor)` says whether a home tensor costs no memory of its own (mapped from a file, say).
 
-        Such a one is kept when a slab holds a copy of it; any other is replaced by the slab, so that no weight is in
-        host memory twice. `note_bound` is told, in a pass, when a block's weights come to the device and when they go.
-        `host_memory` is what slabs are taken from, without bounds where it is not given. `file_of(tensor)` says where a
-        home tensor's bytes lie in a file: they are read from there, and what is mapped is not kept in memory beside.
+        Such a one is kept when a slab holds a copy of it, and read again and again where there is no room for a copy;
+        any other is replaced by the slab, so that no weight is in host memory twice. `note_bound` is told, in a pass,
+        when a block's weights come to the device and when they go. `host_memory` is what slabs are taken from, without
+        bounds where it is not given. `file_of(tensor)` says where a home tensor's bytes lie in a file: they are read
+        from there, and what is mapped is not kept in memory beside.
         """
         self.parts = parts
         self.device = device
@@ -169,6 +171,12 @@ class Session:
         return sum(moving.source.nbytes for moving in self._moved() if moving.source is not None)
 
     @property
+    def in_file_bytes(self) -> int:
+        """Bytes of them that are read from their file in each pass."""
+        staged = (moving.source for moving in self._moved() if isinstance(moving.source, Staged))
+        return sum(source.nbytes for source in staged if source.in_file)
+
+    @property
     def is_packed(self) -> bool:
         """True where any block is restored when it runs."""
         return any(moving.layout is not None for moving in self._moved())
@@ -214,9 +222,11 @@ class Session:
         changed: Changed = lambda weight: None,
         progress: Progress = lambda done, total: None,
         afresh: bool = False,
+        all_in_slabs: bool = False,
     ) -> None:
         """Bring the module to `plan`, whose forms are in the order of the blocks: residents on the device, streamed
-        weights in slabs.
+        weights in slabs, or left in their file where host memory is short. `all_in_slabs` is for weights that will be
+        changed in place.
 
         What already is as the plan wants it, with the same mark, is left alone, unless all is to be brought to the
         device `afresh`, which leaves no holes between what stays and what comes. Raises torch.OutOfMemoryError when the
@@ -227,6 +237,11 @@ class Session:
         self.end_run()
         previous, old, evicted = self.plan, self._marks, set(self._evicted)
         self.plan = self._marks = None
+        was_in_file, in_file = self._loader.in_file, set[int]()
+        if not all_in_slabs:
+            unchanged = {index: block for index, block in enumerate(self.parts.blocks) if marks.blocks[index] is None}
+            in_file = self._loader.choose_in_file(self._slab_sizes(plan), unchanged)
+        self._loader.in_file = in_file
         try:
             stale = [
                 index
@@ -237,6 +252,7 @@ class Session:
                 or index in evicted
                 or previous.forms[index] is not plan.forms[index]
                 or old.blocks[index] != marks.blocks[index]
+                or (index in was_in_file) != (index in in_file)
             ]
             is_outside_stale = afresh or old is None or old.outside != marks.outside
             # What goes is given back before anything comes, so that the sum never exceeds the larger of both plans.
@@ -258,6 +274,16 @@ class Session:
             self.meter.begin_plan()
             self._planned_ms, self._weighed = None, self.meter.best
         progress(self.total_bytes, self.total_bytes)
+
+    def _slab_sizes(self, plan: Plan) -> dict[int, int]:
+        """Bytes of the slabs that `plan` asks for, as far as they are known, in the order in which blocks run."""
+        order = self._costs.order()
+        costs = zip(order, self._costs.of(order), strict=True)
+        return {
+            index: cost.packed_bytes if plan.forms[index].is_packed and cost.packed_bytes else cost.moving_bytes
+            for index, cost in costs
+            if plan.forms[index].is_streamed
+        }
 
     def _load_blocks(self, plan: Plan, stale: list[int], marks: Marks, changed: Changed, progress: Progress) -> None:
         blocks, total = self.parts.blocks, self.total_bytes
@@ -309,6 +335,8 @@ class Session:
         restored = {index: moving.raw_bytes for index, moving in self._moving.items() if moving.layout is not None}
         if self._walk.blocks != self._moving.keys():
             self._walk = Walk([index for index in self._costs.order() if index in self._moving])
+        staged = {index: moving.source for index, moving in self._moving.items() if isinstance(moving.source, Staged)}
+        staging = Staging(self.device, self._loader.store.host_memory, staged) if staged else None
         try:
             ring = Ring(self.device, copied, self._walk.order, self.plan.ring_bytes)
             scratch = Ring(self.device, restored, self._walk.order, self._scratch_bytes)
@@ -320,7 +348,15 @@ class Session:
             ) from error
         self._rings = ring, scratch
         self._pipeline = Pipeline(
-            self.device, self.parts.blocks, self._moving, ring, scratch, self._walk, self.meter, self._note_bound
+            self.device,
+            self.parts.blocks,
+            self._moving,
+            ring,
+            scratch,
+            staging,
+            self._walk,
+            self.meter,
+            self._note_bound,
         )
         return self._pipeline
 

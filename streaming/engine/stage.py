@@ -6,12 +6,15 @@ has a stream of its own, so that both run beside compute and beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+import torch
 
 from .device import Device, Stream
 from .loader import MovingBlock
 from .meter import Meter
 from .ring import Place, Ring
+from .staging import Staged, Staging
 from .walk import Walk
 
 
@@ -60,7 +63,11 @@ class Stage:
 
     def _start(self, index: int) -> None:
         place = self.ring.give(index, self.stream)
-        self._bring(index, place)
+        try:
+            self._bring(index, place)
+        except BaseException:
+            self.ring.let_go(place)
+            raise
         place.ready.record(self.stream)
 
     def _is_past(self, index: int) -> bool:
@@ -77,30 +84,57 @@ class Stage:
 
 
 class Copying(Stage):
-    """Copies from slabs into the ring. What is restored already, in `scratch`, is not copied again before it runs."""
+    """Copies into the ring, from slabs or by way of `staging`. What is restored already, in `scratch`, is not copied
+    again before it runs.
+    """
 
     def __init__(
-        self, device: Device, moving: Mapping[int, MovingBlock], ring: Ring, scratch: Ring, walk: Walk, meter: Meter
+        self,
+        device: Device,
+        moving: Mapping[int, MovingBlock],
+        ring: Ring,
+        scratch: Ring,
+        staging: Staging | None,
+        walk: Walk,
+        meter: Meter,
     ) -> None:
         super().__init__(device, moving, ring, device.copy_stream(), walk, meter)
         self._scratch = scratch
+        self._staging = staging
+
+    def refill(self) -> None:
+        super().refill()
+        if self._staging is not None and self.ring.missing:
+            self._staging.look_ahead(self._missing_staged(self._staging))
+
+    def _missing_staged(self, staging: Staging) -> Iterator[int]:
+        """The blocks ahead that come by way of `staging` and are not on the device yet."""
+        return (index for index in self._walk.ahead() if index in staging and not self.ring.places[index].is_held)
 
     def _is_past(self, index: int) -> bool:
         restored = self._scratch.places.get(index)
         return restored is not None and restored.is_fresh
 
     def _can_bring(self, index: int) -> bool:
-        return True
+        return self._staging is None or index not in self._staging or self._staging.is_there(index)
 
     def _bring(self, index: int, place: Place) -> None:
         source = self._moving[index].source
         assert source is not None
-        timing = self._meter.copy(index, source.nbytes)
-        if timing is not None:
-            timing.begun.record(self.stream)
-        self._device.copy(place.memory, source, self.stream, self.compute)
-        if timing is not None:
-            timing.ended.record(self.stream)
+
+        def copy(stored: torch.Tensor) -> None:
+            timing = self._meter.copy(index, stored.nbytes)
+            if timing is not None:
+                timing.begun.record(self.stream)
+            self._device.copy(place.memory, stored, self.stream, self.compute)
+            if timing is not None:
+                timing.ended.record(self.stream)
+
+        if isinstance(source, Staged):
+            assert self._staging is not None
+            self._staging.send(index, copy, self.stream)
+        else:
+            copy(source)
 
 
 class Restoring(Stage):

@@ -7,6 +7,7 @@ speed. What is written into a slab is the session's business.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import sys
 import weakref
@@ -31,10 +32,13 @@ class HostMemoryFull(ValueError):
 
 
 class Ceilings(NamedTuple):
-    """The most bytes that slabs may lock, and take at all; None for no bound."""
+    """The most bytes that slabs may lock, take at all, and take where they hold copies of what can be read from its
+    file again; None for no bound.
+    """
 
     locked_bytes: int | None = None
     total_bytes: int | None = None
+    copies_bytes: int | None = None
 
 
 class HostMemory:
@@ -49,19 +53,27 @@ class HostMemory:
         most_bytes = self._ceilings().total_bytes
         return most_bytes is None or self.total_bytes + size_bytes <= most_bytes
 
-    def take(self, memory: torch.Tensor, device: Device) -> bool:
+    def room_for_copies(self) -> float:
+        """Bytes more that copies of what can be read from its file again may take, negative where slabs take too much
+        already.
+        """
+        _, *bounds = self._ceilings()
+        return min((most_bytes - self.total_bytes for most_bytes in bounds if most_bytes is not None), default=math.inf)
+
+    def take(self, memory: torch.Tensor, device: Device, is_buffer: bool = False) -> bool:
         """Count `memory` and lock its pages if the ceiling and the system allow it; True when they are locked.
 
-        Raises HostMemoryFull.
+        A buffer is small, and what the rest is copied by: it is locked above the ceiling too, and not refused. Raises
+        HostMemoryFull.
         """
-        if not self.has_room(memory.nbytes):
+        if not is_buffer and not self.has_room(memory.nbytes):
             most_gib = (self._ceilings().total_bytes or 0) / GIB
             raise HostMemoryFull(
                 f"streaming takes {(self.total_bytes + memory.nbytes) / GIB:.2f} GiB of RAM and more, and the budget "
                 f"allows {most_gib:.2f} GiB: raise ram_gb, or stream less by raising vram_gb"
             )
         most_bytes = self._ceilings().locked_bytes
-        may_lock = most_bytes is None or self.locked_bytes + memory.nbytes <= most_bytes
+        may_lock = is_buffer or most_bytes is None or self.locked_bytes + memory.nbytes <= most_bytes
         is_locked = may_lock and device.page_lock(memory)
         self.total_bytes += memory.nbytes
         self.locked_bytes += memory.nbytes * is_locked
@@ -83,13 +95,19 @@ class Slab:
     """
 
     def __init__(
-        self, device: Device, host_memory: HostMemory, base: int, size_bytes: int, layout: Layout | None = None
+        self,
+        device: Device,
+        host_memory: HostMemory,
+        base: int,
+        size_bytes: int,
+        layout: Layout | None = None,
+        is_buffer: bool = False,
     ) -> None:
         self.base = base
         self.layout = layout
         self._memory = _anonymous_pages(size_bytes if layout is None else size_bytes + size_bytes // SPARE_SHARE)
         self.stored = self._memory[:size_bytes]
-        self.is_locked = host_memory.take(self._memory, device)
+        self.is_locked = host_memory.take(self._memory, device, is_buffer)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
         address = self._memory.data_ptr() if self.is_locked else None
         self._give_back = weakref.finalize(self, host_memory.give_back, self.size_bytes, address, device)
@@ -132,7 +150,7 @@ class HostStore:
 
     def __init__(self, device: Device, host_memory: HostMemory) -> None:
         self._device = device
-        self._host_memory = host_memory
+        self.host_memory = host_memory
         self._slabs: dict[int, Slab] = {}
         self._warned = False
         # Kept up to date instead of added up: they are read several times a second, by other threads, to be shown.
@@ -146,12 +164,12 @@ class HostStore:
         return self._slabs.get(index)
 
     def has_room(self, size_bytes: int) -> bool:
-        return self._host_memory.has_room(size_bytes)
+        return self.host_memory.has_room(size_bytes)
 
     def build(self, index: int, base: int, size_bytes: int, layout: Layout | None = None) -> Slab:
         """Make the slab of block `index`; its old one, if any, must have been dropped."""
         assert index not in self._slabs
-        slab = Slab(self._device, self._host_memory, base, size_bytes, layout)
+        slab = Slab(self._device, self.host_memory, base, size_bytes, layout)
         if not slab.is_locked and not self._warned:
             self._warned = True
             logger.warning(

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import gguf
 import torch
@@ -23,6 +23,9 @@ from .gguf_tensor import GgufTensor
 from .kinds import PLAIN, Kind
 
 __all__ = ["GgufError", "GgufFile"]
+
+# Where the storage of all tensors of a file has the open file itself, which lives as long.
+MAPPED_FILE = "_layerstream_mapped_file"
 
 # Where ComfyUI's converter keeps the shape of a tensor whose rows it made longer to fit blocks.
 SHAPE_KEY = "comfy.gguf.orig_shape."
@@ -47,9 +50,11 @@ class GgufFile:
         """Raises GgufError with a sentence for the person who chose the file, and OSError."""
         self.path = Path(path)
         with _naming(self.path):
-            pages = _map(self.path)
+            file = self.path.open("rb")
+            pages = _map(file)
             self._view = memoryview(pages)
             self._bytes = _as_tensor(pages)
+            setattr(self._bytes.untyped_storage(), MAPPED_FILE, file)
             header = read_header(self._view)
             self._fields = header.fields
             self.entries = {info.name: self._entry(info, header) for info in header.tensors}
@@ -178,14 +183,13 @@ def _begin(entry: Entry) -> int:
     return entry.begin
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(file: BinaryIO) -> mmap.mmap:
     """The file's bytes, mapped and not read."""
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        if file.tell() == 0:
-            raise GgufError("is empty: download it again")
-        # Read only: a private writable mapping counts against RAM, which a file may be larger than.
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    file.seek(0, 2)
+    if file.tell() == 0:
+        raise GgufError("is empty: download it again")
+    # Read only: a private writable mapping counts against RAM, which a file may be larger than.
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _as_tensor(pages: mmap.mmap) -> torch.Tensor:

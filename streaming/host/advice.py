@@ -43,6 +43,8 @@ def _of_one(session: dict[str, Any]) -> Advice:
     model = {"model": session["model"]}
     if not streamed_bytes and not session["is_packed"]:
         return Advice("fits", {**model, "gib": _gib(session["resident_bytes"])})
+    if session["in_file_bytes_per_step"]:
+        return Advice("file", {**model, "gib": _gib(session["in_file_bytes_per_step"])})
     unlocked_bytes = session["host_bytes"] - session["page_locked_bytes"]
     if unlocked_bytes > (1 - LOCKED_SHARE) * session["host_bytes"]:
         return Advice("unlocked", {"gib": _gib(unlocked_bytes), "of": _gib(session["host_bytes"])})

@@ -30,6 +30,11 @@ MIB = 1024**2
 # Page-locked memory cannot be swapped; the system and other programs need the rest.
 LOCKED_SHARE = 0.5
 
+# RAM that copies of what can be read from its file again leave to the system and other programs, as a share and at the
+# least.
+LEFT_SHARE = 0.1
+LEAST_LEFT_BYTES = 2 * GIB
+
 # What a bound is given as where nothing of it is left: less would read as automatic.
 NOTHING_GIB = 1e-9
 
@@ -40,7 +45,7 @@ class Budget:
 
     `vram_gib` bounds the weights of all its models together: 0 is what is free, negative what is free less that many
     GiB. `min_free_mib` stays free on the card. `ram_gib` bounds page-locked and all host memory that is taken for
-    weights; 0 is half of RAM page-locked.
+    weights; 0 is half of RAM page-locked, and copies of what is mapped from its file only while RAM is free.
     """
 
     vram_gib: float = 0.0
@@ -165,5 +170,7 @@ def host_memory() -> HostMemory:
 def _ceilings() -> Ceilings:
     own = [int(budget.ram_gib * GIB) for budget in _budgets if budget.ram_gib]
     if own:
-        return Ceilings(min(own), min(own))
-    return Ceilings(int(LOCKED_SHARE * psutil.virtual_memory().total), None)
+        return Ceilings(min(own), min(own), min(own))
+    ram = psutil.virtual_memory()
+    room_bytes = ram.available - max(LEAST_LEFT_BYTES, int(LEFT_SHARE * ram.total))
+    return Ceilings(int(LOCKED_SHARE * ram.total), None, host_memory().total_bytes + room_bytes)

@@ -31,7 +31,7 @@ from .families import Family
 from .ledger import write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .patched import is_patched_when_read, patch_key
-from .planning import choose_plan, least_left
+from .planning import choose_plan, least_left, least_streamed_bytes
 from .run_time_patches import RunTimePatch, decide
 from .settings import GIB, Mode, StreamingSettings
 from .streams import ModelStream, stream_for
@@ -194,7 +194,15 @@ class StreamingModelPatcher(ModelPatcher):
         session = self.stream.session
         progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
         marks = self._marks()
-        load = partial(session.load, marks=marks, changed=self._changed_weight, progress=progress, afresh=afresh)
+        # Scheduled hooks change weights in place, where a file cannot be changed.
+        load = partial(
+            session.load,
+            marks=marks,
+            changed=self._changed_weight,
+            progress=progress,
+            afresh=afresh,
+            all_in_slabs=bool(self.hook_patches),
+        )
         with self.stream.moving():
             load(plan)
             if session.device_bytes <= plan.device_bytes + SMALL_EXCESS_BYTES:
@@ -220,8 +228,10 @@ class StreamingModelPatcher(ModelPatcher):
         if stream.device.packer is None or self.hook_patches or not stream.has_room_for_packed():
             return Packing.NEVER
         # A simulated card has no times to decide by; one that can pack is there to have packing tried.
-        is_blind = self.settings.packing is Packing.AUTO and not stream.device.has_clock
-        return Packing.ALWAYS if is_blind else self.settings.packing
+        is_auto, is_blind = self.settings.packing is Packing.AUTO, not stream.device.has_clock
+        # What RAM has no room for is read from its file in every pass, which takes longer than anything else.
+        is_short = least_streamed_bytes(stream, within(self.settings, stream)) > stream.room_for_copies
+        return Packing.ALWAYS if is_auto and (is_blind or is_short) else self.settings.packing
 
     def _marks(self) -> Marks:
         """Blocks with patches are out of date whenever the patches change."""

@@ -119,6 +119,15 @@ def _budgets(
             return
 
 
+def least_streamed_bytes(stream: ModelStream, settings: StreamingSettings) -> int:
+    """Bytes of the model that the card has no room for even without compute; `settings` as the budget leaves them."""
+    total_bytes = stream.session.total_bytes
+    if settings.mode is Mode.ALWAYS:
+        return total_bytes
+    free_bytes = stream.device.free_bytes() + stream.held_bytes
+    return max(0, total_bytes - max(0, settings.budget_bytes(free_bytes, math.inf, 0)))
+
+
 def least_left(settings: StreamingSettings) -> int:
     """Bytes of the card that shall stay free at the peak of compute."""
     return max(settings.min_free_bytes, int((args.reserve_vram or 0.0) * GIB))

@@ -58,8 +58,10 @@ def _session_lines(session: dict[str, Any]) -> Iterator[Line]:
         crossing = _gib(session["link_bytes_per_step"])
         yield Line("streamed a pass", f"{_gib(session['streamed_bytes_per_step'])}, {crossing} over the link")
         yield Line("ring", _gib(session["ring_bytes"]))
+    if session["in_file_bytes_per_step"]:
+        yield Line("read from its file", f"{_gib(session['in_file_bytes_per_step'])} a pass: RAM is short")
     if session["run_time_patches"]:
-        yield Line("patched as they run", f"{session['run_time_patches']} weights: RAM was short for patched ones")
+        yield Line("patched as run", f"{session['run_time_patches']} weights: RAM was short for patched ones")
     yield Line("counted", ", ".join(f"{session[name]} {name.replace('_', ' ')}" for name in COUNTS))
     if session["step_ms"] is None:
         yield Line("a pass", "none was timed yet")

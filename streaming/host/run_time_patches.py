@@ -8,7 +8,6 @@ speed. Layers that ComfyUI gives no way to patch as they run are always baked, a
 from __future__ import annotations
 
 import logging
-import math
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +21,8 @@ from .budget import host_memory, within
 from .casting import FLAG
 from .locked_patches import page_locked
 from .patched import LAYER_WEIGHTS
-from .settings import GIB, Mode, Patching
+from .planning import least_streamed_bytes
+from .settings import GIB, Patching
 from .streams import is_mapped
 
 if TYPE_CHECKING:
@@ -83,30 +83,34 @@ def _is_at_run_time(patcher: StreamingModelPatcher, keys: set[str]) -> bool:
     if patcher.settings.patching is not Patching.AUTO:
         return patcher.settings.patching is Patching.RUN_TIME
     stream = patcher.stream
-    baked_bytes = _baked_bytes(patcher, keys)
+    fresh_bytes, mapped_bytes = _baked_bytes(patcher, keys)
     # What holds other patches of the model is given up for these.
-    wanted_bytes = baked_bytes - stream.session.changed_bytes
-    if wanted_bytes <= 0 or (stream.has_ram_for(wanted_bytes) and host_memory().has_room(wanted_bytes)):
+    fresh_bytes -= stream.session.changed_bytes
+    is_enough = stream.has_ram_for(fresh_bytes) and (fresh_bytes <= 0 or host_memory().has_room(fresh_bytes))
+    if is_enough and mapped_bytes <= stream.room_for_copies:
         return False
     logger.warning(
         "LayerStream: LoRAs are applied whenever their layers run, as ComfyUI's low-memory way does: patched weights "
-        "would take %.2f GiB of RAM beside the others. Steps take longer; to have LoRAs applied once, close other "
-        "programs or raise ram_gb on a VRAM Budget node",
-        baked_bytes / GIB,
+        "would take %.2f GiB of RAM more than there is room for. Steps take longer; to have LoRAs applied once, close "
+        "other programs or raise ram_gb on a VRAM Budget node",
+        max(fresh_bytes, mapped_bytes) / GIB,
     )
     return True
 
 
-def _baked_bytes(patcher: StreamingModelPatcher, keys: set[str]) -> int:
-    """RAM that patched weights take beside those of the model: of what streams, and is not mapped from its file."""
-    stream, session, settings = patcher.stream, patcher.stream.session, within(patcher.settings, patcher.stream)
-    patched_bytes = sum(
-        block.weight_bytes() - block.offset_of(cut_of(block))
-        for block in session.parts.blocks
-        if any(stream.key(name) in keys for weight in block.weights for name in weight.keys)
-        and not all(is_mapped(weight.home) for weight in block.weights)
-    )
-    if stream.is_shelved or settings.mode is Mode.ALWAYS:
-        return patched_bytes
-    staying_bytes = settings.budget_bytes(stream.device.free_bytes() + stream.held_bytes, math.inf, 0)
-    return min(patched_bytes, max(0, session.total_bytes - staying_bytes))
+def _baked_bytes(patcher: StreamingModelPatcher, keys: set[str]) -> tuple[int, int]:
+    """RAM that patched weights take where they stream: of those that have memory of their own beside, and of those that
+    are mapped from their file.
+    """
+    stream, fresh_bytes, mapped_bytes = patcher.stream, 0, 0
+    for block in stream.session.parts.blocks:
+        if any(stream.key(name) in keys for weight in block.weights for name in weight.keys):
+            size_bytes = block.weight_bytes() - block.offset_of(cut_of(block))
+            if all(is_mapped(weight.home) for weight in block.weights):
+                mapped_bytes += size_bytes
+            else:
+                fresh_bytes += size_bytes
+    if stream.is_shelved:
+        return fresh_bytes, mapped_bytes
+    streamed_bytes = least_streamed_bytes(stream, within(patcher.settings, stream))
+    return min(fresh_bytes, streamed_bytes), min(mapped_bytes, streamed_bytes)

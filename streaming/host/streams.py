@@ -26,6 +26,8 @@ from ..engine.device import Device
 from ..engine.mapped import FileSlice
 from ..engine.plan import Packing
 from ..engine.session import Session
+from ..formats.gguf_file import MAPPED_FILE as GGUF_FILE
+from ..formats.gguf_tensor import GgufTensor
 from .budget import host_memory
 from .casting import CastSwitch
 from .families import Family, family_of
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from .run_time_patches import RunTimePatches
 
 ROOT = "diffusion_model"
+
+# Where newer versions of ComfyUI note, at a storage that they map, of which file it is.
+COMFY_FILE = "_comfy_tensor_file_slice"
 
 # RAM that copies of weights leave for everything else.
 SPARE_RAM_BYTES = 8 * 1024**3
@@ -208,6 +213,11 @@ class ModelStream:
         )
         return self.has_ram_for(int(PACKED_SHARE * needed) - self.session.host_bytes)
 
+    @property
+    def room_for_copies(self) -> float:
+        """Bytes of RAM that slabs of this model may take where they hold copies of what can be read from its file."""
+        return host_memory().room_for_copies() + (self.session.host_bytes if self.is_open else 0)
+
     def has_ram_for(self, size_bytes: int) -> bool:
         """Whether so many bytes more leave the RAM that the system and other programs need."""
         return size_bytes <= 0 or psutil.virtual_memory().available > size_bytes + SPARE_RAM_BYTES
@@ -257,19 +267,27 @@ def stream_for(patcher: ModelPatcher, device: Device, family: Family | None = No
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """True for a weight that ComfyUI maps from its file: its pages cost nothing that the system cannot take back."""
-    return tensor.is_meta or hasattr(_plain(tensor).untyped_storage(), "_comfy_tensor_file_slice")
+    """True for a weight that is mapped from its file: its pages cost nothing that the system cannot take back."""
+    if tensor.is_meta:
+        return True
+    storage = _plain(tensor).untyped_storage()
+    return hasattr(storage, COMFY_FILE) or hasattr(storage, GGUF_FILE)
 
 
 def file_of(tensor: torch.Tensor) -> FileSlice | None:
-    """Where in its file a weight lies that ComfyUI maps; None for any other, and where pieces of it are scattered."""
+    """Where in its file a weight lies that is mapped; None for any other, and where pieces of it are scattered."""
     plain = _plain(tensor)
-    where = None if plain.is_meta else getattr(plain.untyped_storage(), "_comfy_tensor_file_slice", None)
-    if where is None or not isinstance(where.file_ref, int) or not plain.is_contiguous():
+    if plain.is_meta or not plain.is_contiguous():
         return None
-    offset = where.offset + plain.storage_offset() * plain.itemsize
-    return FileSlice(where.file_ref, offset, plain.nbytes, plain.data_ptr())
+    begin, storage = int(plain.storage_offset()) * plain.itemsize, plain.untyped_storage()
+    gguf_file, where = getattr(storage, GGUF_FILE, None), getattr(storage, COMFY_FILE, None)
+    if gguf_file is not None:
+        return FileSlice(gguf_file.fileno(), begin, plain.nbytes, plain.data_ptr())
+    if where is not None and isinstance(where.file_ref, int):
+        return FileSlice(where.file_ref, where.offset + begin, plain.nbytes, plain.data_ptr())
+    return None
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return getattr(tensor, "_qdata", tensor)
+    """The tensor of plain memory that holds the numbers of a quantised one; any other as it is."""
+    return tensor.stored if isinstance(tensor, GgufTensor) else getattr(tensor, "_qdata", tensor)

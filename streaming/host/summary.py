@@ -18,11 +18,12 @@ def summary(patcher: StreamingModelPatcher) -> str:
     stream, session, plan = patcher.stream, patcher.stream.session, patcher.stream.session.plan
     assert plan is not None
     name = f"{type(stream.model).__name__} ({stream.device.name})"
+    from_file = f", {session.in_file_bytes / GIB:.2f} GiB of it from its file" if session.in_file_bytes else ""
     if plan.is_resident:
         return f"{name}: fits, {session.resident_bytes / GIB:.2f} GiB resident, nothing streams"
     return (
         f"{name}: {len(session.parts.blocks)} blocks, {session.resident_bytes / GIB:.2f} GiB resident, "
-        f"{plan.streamed_bytes / GIB:.2f} GiB streamed a step {_form(patcher)}, "
+        f"{plan.streamed_bytes / GIB:.2f} GiB streamed a step {_form(patcher)}{from_file}, "
         f"ring {plan.ring_bytes / GIB:.2f} GiB, host {session.host_bytes / GIB:.2f} GiB{_patches(patcher)}"
     )
 

@@ -38,6 +38,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "outside_bytes": session.outside_bytes,
         "streamed_bytes_per_step": plan.streamed_bytes if plan else None,
         "is_packed": session.is_packed if plan else None,
+        "in_file_bytes_per_step": session.in_file_bytes if plan else None,
         "run_time_patches": len(stream.run_time.by_key) if stream.run_time else 0,
         "moved_bytes_per_step": meter.last.moved_bytes if meter.passes else None,
         "ring_bytes": plan.ring_bytes + plan.scratch_bytes if plan else None,

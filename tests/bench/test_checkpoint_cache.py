@@ -44,6 +44,12 @@ def test_the_longest_unused_file_makes_way(folder: Path) -> None:
     assert names(folder) == {"b", "c", "d"}
 
 
+def test_files_that_were_just_asked_for_stay(folder: Path) -> None:
+    for name in "abcde":
+        checkpoint_cache.cached(name, write)
+    assert names(folder) == set("abcde")
+
+
 def test_asking_for_a_file_is_a_use(folder: Path) -> None:
     for hour, name in enumerate(("a", "b", "c")):
         ask(name, hour=hour)

@@ -98,12 +98,16 @@ class Calling(torch.nn.Module):
         return self._others[0](self.layer(x))
 
 
+@pytest.mark.parametrize("is_locked", [True, False], ids=["locked", "unlocked"])
 @pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
-def test_a_changed_block_that_runs_inside_another_has_its_changes(kept):
+def test_a_changed_block_that_runs_inside_another_has_its_changes(kept, is_locked):
     walker = make_walker(count=4)
     walker.blocks[1].down = Calling(walker.blocks[1].down, walker.blocks[2])
     x = make_input(walker)
-    session = attach(walker, SimulatedDevice(1 << 30, packer=PlainPacker()))
+    device = SimulatedDevice(1 << 30, packer=PlainPacker())
+    session = attach(walker, device)
+    if not is_locked:
+        device.page_lock = lambda memory: False
     # Room for one restored block at a time.
     plan = replace(plan_for(session, kept, prefetch=1, is_packed=True), scratch_bytes=0)
     assert plan.forms[1].is_packed and plan.forms[2].is_packed

@@ -5,6 +5,8 @@ weights in the type of their file.
 """
 
 import gc
+import mmap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -119,3 +121,24 @@ def _conditioning(model: Patcher, generator: torch.Generator) -> list[Any]:
     text_width = configuration.get("cap_feat_dim") or configuration["context_in_dim"]
     text = torch.randn(1, TEXT_TOKENS, text_width, generator=generator)
     return [[text, {"pooled_output": torch.randn(1, POOLED_WIDTH, generator=generator)}]]
+
+
+@pytest.fixture
+def mapped_model(load: LoadModel, tmp_path: Path) -> Iterator[Patcher]:
+    """A model whose large weights are mapped, marked with ComfyUI's own record; its own mapping needs a card."""
+    memory_management = pytest.importorskip("comfy.memory_management", reason="this ComfyUI maps no weights")
+    model = load("zimage", size="tiny")
+    path, lock = tmp_path / "weights", threading.Lock()
+    weights = [weight for weight in model.model.diffusion_model.parameters() if weight.nbytes > 0]
+    path.write_bytes(b"".join(bytes(weight.data.contiguous().view(torch.uint8).numpy()) for weight in weights))
+    with path.open("rb") as file:
+        offset = 0
+        for weight in weights:
+            page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            memory = mmap.mmap(file.fileno(), offset - page + weight.nbytes, access=mmap.ACCESS_COPY, offset=page)
+            tensor = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=offset - page)
+            where = memory_management.TensorFileSlice(file.fileno(), lock, offset, weight.nbytes)
+            tensor.untyped_storage()._comfy_tensor_file_slice = where
+            offset += weight.nbytes
+            weight.data = tensor.view(weight.shape)
+        yield model

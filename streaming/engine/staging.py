@@ -1,0 +1,146 @@
+"""Weights that are not in page-locked memory, on their way to the device: those that stay in their file, because RAM
+has no room for copies, and those in slabs that were not to be locked.
+
+In: how the bytes of such blocks are read. Out: page-locked buffers with those of the blocks that are copied next. A
+thread reads them ahead; everything that concerns the device is done by the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import torch
+
+from .device import Device, Event, Stream
+from .store import HostMemory, Slab
+
+# One is read while others wait for their copy; more even out what the file's disk takes longer for.
+BUFFERS = 4
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The `nbytes` of a block that cross the link by way of a buffer.
+
+    `read_into` writes them into a uint8 tensor [nbytes], from the file if they are `in_file`. Raises OSError when that
+    can no longer be read.
+    """
+
+    nbytes: int
+    read_into: Callable[[torch.Tensor], object]
+    in_file: bool
+
+
+def staging_bytes(sizes: Iterable[int]) -> int:
+    """What the buffers take of host memory for blocks of these sizes."""
+    largest = sorted(sizes, reverse=True)
+    return min(BUFFERS, len(largest)) * largest[0] if largest else 0
+
+
+def choose_left(sizes: Mapping[int, int], room_bytes: float, present: set[int]) -> set[int]:
+    """Which blocks of `sizes`, in the order they run, stay in their file so that the others fit into `room_bytes`.
+
+    They are spread evenly, so that reading never pauses. Those that do so at `present` go on, if they are not far more
+    than need be.
+    """
+    total_bytes = sum(sizes.values())
+    if total_bytes <= room_bytes:
+        return set()
+    least_bytes = min(total_bytes, total_bytes - room_bytes + staging_bytes(sizes.values()))
+    present_bytes = sum(sizes.get(index, 0) for index in present)
+    if present <= sizes.keys() and least_bytes <= present_bytes <= least_bytes + total_bytes / 10:
+        return present
+    left: set[int] = set()
+    due_bytes, left_bytes = 0.0, 0
+    for index, size_bytes in sizes.items():
+        due_bytes += size_bytes * least_bytes / total_bytes
+        if due_bytes - left_bytes > size_bytes / 2:
+            left.add(index)
+            left_bytes += size_bytes
+    for index, size_bytes in sizes.items():
+        if left_bytes >= least_bytes:
+            break
+        if index not in left:
+            left.add(index)
+            left_bytes += size_bytes
+    return left
+
+
+class _Buffer:
+    """Page-locked memory, free for other bytes once `sent` was reached."""
+
+    def __init__(self, device: Device, host_memory: HostMemory, size_bytes: int) -> None:
+        self.slab = Slab(device, host_memory, 0, size_bytes, is_buffer=True)
+        self.sent: Event = device.event()
+
+
+class Staging:
+    """Reads the blocks in `sources` ahead of their copies."""
+
+    def __init__(self, device: Device, host_memory: HostMemory, sources: Mapping[int, Staged]) -> None:
+        self._sources = sources
+        largest_bytes = max(source.nbytes for source in sources.values())
+        self._idle = deque(_Buffer(device, host_memory, largest_bytes) for _ in range(min(BUFFERS, len(sources))))
+        self._staged: dict[int, tuple[_Buffer, Future[object]]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="layerstream-staging")
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._sources
+
+    def look_ahead(self, indices: Iterable[int]) -> None:
+        """Begin to read the blocks that are copied next, soonest first, as far as there are buffers."""
+        for index in indices:
+            if index in self._staged:
+                continue
+            buffer = self._free_buffer()
+            if buffer is None:
+                return
+            self._read(index, buffer)
+
+    def is_there(self, index: int) -> bool:
+        """Whether `send` would not wait."""
+        return index in self._staged and self._staged[index][1].done()
+
+    def send(self, index: int, copy: Callable[[torch.Tensor], None], stream: Stream) -> None:
+        """Have `copy` start the copy of a block's bytes on `stream`, after waiting for them.
+
+        Raises what reading raised.
+        """
+        if index not in self._staged:
+            self._read(index, self._free_buffer() or self._next_buffer())
+        buffer, reading = self._staged.pop(index)
+        self._idle.append(buffer)
+        reading.result()
+        copy(buffer.slab.stored[: self._sources[index].nbytes])
+        buffer.sent.record(stream)
+
+    def close(self) -> None:
+        """Give the buffers back; no copy of them may be under way."""
+        self._reader.shutdown(cancel_futures=True)
+        for buffer in (*self._idle, *(buffer for buffer, _ in self._staged.values())):
+            buffer.slab.close()
+        self._idle.clear()
+        self._staged.clear()
+
+    def _read(self, index: int, buffer: _Buffer) -> None:
+        source = self._sources[index]
+        reading = self._reader.submit(source.read_into, buffer.slab.stored[: source.nbytes])
+        self._staged[index] = buffer, reading
+
+    def _free_buffer(self) -> _Buffer | None:
+        """A buffer whose bytes were copied; None while there is none."""
+        return self._idle.popleft() if self._idle and self._idle[0].sent.query() else None
+
+    def _next_buffer(self) -> _Buffer:
+        """A buffer, whatever it takes: the one copied first, or that of the block which is needed last."""
+        if self._idle:
+            buffer = self._idle.popleft()
+            buffer.sent.synchronize()
+            return buffer
+        _, (buffer, reading) = self._staged.popitem()
+        if not reading.cancel():
+            wait([reading])
+        return buffer

@@ -1,0 +1,213 @@
+"""Weights that are not in locked memory, but in their file or in ordinary memory, reach the device with their bits."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.packing import PlainPacker
+from layerstream.streaming.engine.session import Marks, Session
+from layerstream.streaming.engine.simulated import SimulatedDevice
+from layerstream.streaming.engine.staging import BUFFERS, Staged, Staging, choose_left, staging_bytes
+from layerstream.streaming.engine.store import Ceilings, HostMemory
+
+from walkers import ALL_STREAMED, make_input, make_walker, one_pass, plan_for
+
+COUNT = 24
+
+
+def bounded(most_bytes: int | None) -> HostMemory:
+    return HostMemory(lambda: Ceilings(copies_bytes=most_bytes))
+
+
+def attach(walker, device, room: float | None, is_mapped=lambda tensor: True) -> Session:
+    """A session whose slabs may take the share `room` of the model; None for no bound."""
+    parts = take_apart(walker, walker.units())
+    most_bytes = None if room is None else int(room * sum(block.weight_bytes() for block in parts.blocks))
+    return Session(parts, device, is_mapped, host_memory=bounded(most_bytes))
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+@pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
+@pytest.mark.parametrize("room", [0.0, 0.25])
+@pytest.mark.parametrize("inner", [(512,), (1024, 512, 640)], ids=["even", "uneven"])
+def test_every_pass_equals_the_resident_one(inner, room, kept, is_packed):
+    walker = make_walker(count=COUNT // 2 if is_packed else COUNT, inner=inner)
+    for seed, batch in itertools.product(range(3), (1, 2)):
+        x = make_input(walker, batch)
+        expected = walker(x)
+        device = SimulatedDevice(1 << 30, seed, PlainPacker())
+        session = attach(walker, device, room)
+        session.load(plan_for(session, kept, is_packed=is_packed))
+        assert 0 < session.in_file_bytes <= session.link_bytes
+        assert session.host_bytes <= room * session.total_bytes
+        for _ in range(4):
+            assert torch.equal(one_pass(session, walker, x), expected)
+        assert session.meter.total.unplaced == session.meter.total.departures == 0
+        session.close()
+        assert torch.equal(walker(x), expected) and device.locked_bytes == 0
+
+
+def test_with_room_nothing_stays_in_the_file():
+    session = attach(make_walker(count=COUNT), SimulatedDevice(1 << 30), 1.01)
+    session.load(plan_for(session, ALL_STREAMED))
+    assert session.in_file_bytes == 0 and session.host_bytes == session.plan.streamed_bytes
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_slabs_that_cannot_be_locked_come_by_buffers_that_can(is_packed):
+    walker = make_walker(count=COUNT // 2 if is_packed else COUNT)
+    device, x = SimulatedDevice(1 << 30, 5, PlainPacker()), make_input(walker)
+    expected = walker(x)
+    memory = HostMemory(lambda: Ceilings(locked_bytes=sum(tensor.nbytes for tensor in walker.parameters()) // 3))
+    session = Session(take_apart(walker, walker.units()), device, lambda tensor: False, host_memory=memory)
+    session.load(plan_for(session, ALL_STREAMED, is_packed=is_packed))
+    assert 0 < session.page_locked_bytes < session.host_bytes and session.in_file_bytes == 0
+    copied, copy = [], device.copy
+    device.copy = lambda to, source, *streams: (copied.append(source.data_ptr()), copy(to, source, *streams))
+    for _ in range(3):
+        assert torch.equal(one_pass(session, walker, x), expected)
+        locked = [(start, start + size) for start, size in device._locked.items()]
+        assert all(any(start <= address < end for start, end in locked) for address in copied)
+    walker.order = [*range(4, -1, -1)]
+    assert torch.equal(one_pass(session, walker, x), walker(x))
+
+
+def test_what_is_not_mapped_has_its_slabs_whatever_the_room():
+    walker = make_walker(count=COUNT)
+    last = {tensor.data_ptr() for block in walker.blocks[COUNT // 2 :] for tensor in block.state_dict().values()}
+    session = attach(walker, SimulatedDevice(1 << 30), 0.0, lambda tensor: tensor.data_ptr() in last)
+    session.load(plan_for(session, ALL_STREAMED))
+    assert session.in_file_bytes == session.host_bytes == session.plan.streamed_bytes // 2
+
+
+def test_changed_weights_have_slabs_and_weights_to_be_changed_in_place_too():
+    walker = make_walker(count=COUNT)
+    x = make_input(walker)
+    session = attach(walker, SimulatedDevice(1 << 30), 0.0)
+    marks = Marks(("halved",) + (None,) * (COUNT - 1), None)
+    changed = make_walker(count=COUNT)
+    for parameter in changed.blocks[0].parameters():
+        parameter.mul_(0.5)
+
+    def halve(weight):
+        return weight.home * 0.5 if weight.keys[0].startswith("blocks.0.") and not weight.sites[0].is_buffer else None
+
+    session.load(plan_for(session, ALL_STREAMED), marks=marks, changed=halve)
+    assert session.in_file_bytes < session.link_bytes and session.host_bytes == session.changed_bytes > 0
+    assert torch.equal(one_pass(session, walker, x), changed(x))
+    session.load(session.plan, all_in_slabs=True)
+    assert session.in_file_bytes == 0 and torch.equal(one_pass(session, walker, x), make_walker(count=COUNT)(x))
+    session.load(session.plan)
+    assert session.host_bytes == 0 and torch.equal(one_pass(session, walker, x), make_walker(count=COUNT)(x))
+
+
+def test_blocks_that_run_in_another_order_or_not_at_all():
+    walker = make_walker(count=COUNT)
+    x = make_input(walker)
+    session = attach(walker, SimulatedDevice(1 << 30, seed=3), 0.3)
+    session.load(plan_for(session, 0.2))
+    one_pass(session, walker, x)
+    for order in (range(COUNT - 1, -1, -1), range(0, COUNT, 3), (5, 5, 2, 9, 5), range(COUNT)):
+        walker.order = list(order)
+        for _ in range(3):
+            assert torch.equal(one_pass(session, walker, x), walker(x))
+
+
+def test_a_read_that_fails_ends_the_pass_and_the_next_one_is_whole():
+    walker = make_walker(count=COUNT)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30), 0.0)
+    session.load(plan_for(session, ALL_STREAMED))
+    failing, store = threading.Event(), session._loader._store
+
+    def fail_or_store(weight, *args):
+        if failing.is_set() and weight.keys[0].startswith("blocks.7."):
+            raise OSError("the file is gone")
+        store(weight, *args)
+
+    session._loader._store = fail_or_store
+    assert torch.equal(one_pass(session, walker, x), expected)
+    for _ in range(2):
+        failing.set()
+        with pytest.raises(OSError, match="the file is gone"):
+            for _ in range(3):  # what was read before is not read again
+                one_pass(session, walker, x)
+        failing.clear()
+        for _ in range(2):
+            assert torch.equal(one_pass(session, walker, x), expected)
+
+
+def test_blocks_are_read_ahead_and_none_into_a_buffer_that_is_still_copied():
+    reads: list[int] = []
+    sizes = {index: 1000 + index for index in range(10)}
+
+    def source(index: int) -> Staged:
+        def read_into(stored):
+            reads.append(index)
+            stored.fill_(index)
+
+        return Staged(sizes[index], read_into, in_file=True)
+
+    device = SimulatedDevice(1 << 20)
+    stream, memory = device.copy_stream(), HostMemory()
+    stream.chance.random = lambda: 1.0  # nothing is copied before someone waits for it
+    staging = Staging(device, memory, {index: source(index) for index in sizes})
+    assert memory.total_bytes == memory.locked_bytes == staging_bytes(sizes.values())
+    staging.look_ahead(sizes)
+    found = {index: device.allocate(size) for index, size in sizes.items()}
+    for index in (0, 1, 2, 3):
+        while not staging.is_there(index):
+            pass
+    assert reads == [0, 1, 2, 3] and not staging.is_there(4)
+    for index in sizes:
+        staging.send(index, lambda stored, index=index: device.copy(found[index], stored, stream, stream), stream)
+        staging.look_ahead(sizes)
+    stream.synchronize()
+    assert all(bool((tensor == index).all()) for index, tensor in found.items())
+    assert sorted(set(reads)) == sorted(sizes)
+    staging.close()
+    assert memory.total_bytes == device.locked_bytes == 0
+
+
+def test_those_that_stay_are_spread_evenly_and_stay_while_that_does():
+    sizes = dict.fromkeys(range(100), 100)
+    buffers_bytes = BUFFERS * 100
+    left = choose_left(sizes, 7500 + buffers_bytes, set())
+    assert len(left) == 25 and {b - a for a, b in itertools.pairwise(sorted(left))} == {4}
+    assert choose_left(sizes, 7400 + buffers_bytes, left) != left, "too few"
+    assert choose_left(sizes, 8000 + buffers_bytes, left) is left, "hardly too many"
+    assert len(choose_left(sizes, 9500 + buffers_bytes, left)) == 5
+    assert choose_left(sizes, 10_000, left) == set()
+    assert choose_left(sizes, 0.0, set()) == choose_left(sizes, -1e9, set()) == set(sizes)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.8])
+def test_uneven_ones_make_the_room_that_is_asked_for(share):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {index: int(size) for index, size in enumerate(torch.randint(1, 1000, (200,), generator=generator))}
+    room_bytes = share * sum(sizes.values())
+    left = choose_left(sizes, room_bytes, set())
+    kept_bytes = sum(size for index, size in sizes.items() if index not in left)
+    assert 0.9 * room_bytes - staging_bytes(sizes.values()) <= kept_bytes <= room_bytes
+
+
+@pytest.mark.parametrize(
+    ("ceilings", "room"),
+    [
+        (Ceilings(), float("inf")),
+        (Ceilings(500, None, None), float("inf")),
+        (Ceilings(None, 300, 600), 200),
+        (Ceilings(1000, 1000, 150), 50),
+        (Ceilings(None, 50, None), -50),
+    ],
+)
+def test_copies_may_take_what_every_bound_leaves(ceilings, room):
+    memory = HostMemory()
+    memory.total_bytes = memory.locked_bytes = 100
+    memory._ceilings = lambda: ceilings
+    assert memory.room_for_copies() == room
