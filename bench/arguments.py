@@ -32,6 +32,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layerstream-mode", choices=("auto", "always"), default="auto", help="what LayerStream streams")
     add("--layerstream-dynamic", choices=("on", "off"), default="on", help="the host's DynamicVRAM beneath it")
     add("--vram-gb", type=float, default=0.0, help="LayerStream's own memory limit in GiB; 0 for none")
+    add("--ram-gb", type=float, default=0.0, help="GiB of RAM that LayerStream may take for weights; 0 for its choice")
+    add("--lora-rank", type=int, default=0, help="put a LoRA of this rank on every block, for all contenders")
+    add("--patching", choices=("auto", "baked", "run_time"), default="auto", help="how LayerStream applies it")
     add("--synchronize", choices=("device", "stream"), default="stream", help="what the end of a step waits for")
     add("--trace", action="store_true", help="add the timeline of one of LayerStream's steps, after the timed ones")
     add("--link-gib-s", type=float, help="use this link bandwidth and not the measured one")
@@ -99,6 +102,9 @@ def make_spec(arguments: argparse.Namespace, family: str, free_gib: float | None
         layerstream_dynamic=arguments.layerstream_dynamic == "on",
         prefetch_blocks=arguments.prefetch,
         vram_gib=arguments.vram_gb,
+        ram_gib=arguments.ram_gb,
+        patching=arguments.patching,
+        lora_rank=arguments.lora_rank,
         trace=arguments.trace,
     )
 

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.hosting import has_dynamic_vram, start_host
+from bench.lora import apply_lora, random_lora
 from bench.measured import Measured, Residency, last_run
 from bench.model_file import is_gguf
 from bench.spec import StepSpec
 
 
 class Prepared(NamedTuple):
-    """A model to sample with, and how to ask where its weights are, given the model calls per step."""
+    """A model to sample with, how to ask where its weights are, given the model calls per step, and how to get the same
+    model with another strength of its LoRA, if it has one."""
 
     model: Any
     residency: Callable[[float], Residency]
+    at_strength: Callable[[float], Any] | None = None
 
 
 Opened = Callable[[], Prepared]
@@ -81,11 +84,13 @@ def _run(spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_traced: b
         prepare_s = time.perf_counter() - begin
         run = last_run([sample(prepared.model, spec) for _ in range(spec.runs)])
         residency = prepared.residency(run.calls_per_step)
+        changed = sample(prepared.at_strength(0.5), spec) if prepared.at_strength else None
         trace = _trace(prepared.model, spec) if is_traced else None
     facts = {
         "patcher": type(prepared.model).__name__,
         "dtype": str(prepared.model.model.get_dtype()).removeprefix("torch."),
         "comfyui": read_host(Path(spec.host_path)).version,
+        "changed_strength_first_step_s": changed.first_step_s if changed else None,
     }
     return Measured(run, prepare_s, residency, facts, trace)
 
@@ -103,10 +108,19 @@ def _open_stock(spec: StepSpec) -> Opened:
     load = _loader_of(spec)
 
     def prepare() -> Prepared:
-        model = load(spec.checkpoint_path)
-        return Prepared(model, lambda calls_per_step: stock_residency(model, calls_per_step))
+        source = load(spec.checkpoint_path)
+        model, at_strength = _patched(source, spec)
+        return Prepared(model, lambda calls_per_step: stock_residency(model, calls_per_step), at_strength)
 
     return prepare
+
+
+def _patched(model: Any, spec: StepSpec) -> tuple[Any, Callable[[float], Any] | None]:
+    """The model with the LoRA that is asked for, and a function that gives it another strength; without one, itself."""
+    if not spec.lora_rank:
+        return model, None
+    lora = random_lora(model, spec.lora_rank)
+    return apply_lora(model, lora, 1.0), lambda strength: apply_lora(model, lora, strength)
 
 
 def _loader_of(spec: StepSpec) -> Callable[[str], Any]:
@@ -134,18 +148,27 @@ def _open_layerstream(spec: StepSpec, packing: str) -> Opened:
     from scripts.pack import load_pack
 
     load_pack()
+    from layerstream.streaming.host.budget import Budget
     from layerstream.streaming.host.gguf_patches import streaming_patcher_for
-    from layerstream.streaming.host.settings import Packing, StreamingSettings
+    from layerstream.streaming.host.settings import Packing, Patching, StreamingSettings
 
     chosen: dict[str, Any] = {} if spec.prefetch_blocks is None else {"prefetch_blocks": spec.prefetch_blocks}
-    settings = StreamingSettings(mode=spec.layerstream_mode, vram_gib=spec.vram_gib, packing=Packing(packing), **chosen)
+    settings = StreamingSettings(
+        mode=spec.layerstream_mode,
+        vram_gib=spec.vram_gib,
+        packing=Packing(packing),
+        patching=Patching(spec.patching),
+        budget=Budget(ram_gib=spec.ram_gib) if spec.ram_gib else None,
+        **chosen,
+    )
 
     load = _loader_of(spec)
 
     def prepare() -> Prepared:
         source = load(spec.checkpoint_path)
-        model = streaming_patcher_for(source).from_patcher(source, settings)
-        return Prepared(model, lambda calls_per_step: _layerstream_residency(model, calls_per_step))
+        streamed = streaming_patcher_for(source).from_patcher(source, settings)
+        model, at_strength = _patched(streamed, spec)
+        return Prepared(model, lambda calls_per_step: _layerstream_residency(model, calls_per_step), at_strength)
 
     return prepare
 

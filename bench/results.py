@@ -82,7 +82,10 @@ def make_result(spec: StepSpec, machine: Mapping[str, Any], **entries: Any) -> d
             "dynamic_vram": spec.layerstream_dynamic,
             "prefetch_blocks": spec.prefetch_blocks,
             "vram_gib": spec.vram_gib,
+            "ram_gib": spec.ram_gib,
+            "patching": spec.patching,
         },
+        "lora_rank": spec.lora_rank,
         "link_gib_s": machine["link_gib_s"],
         **entries,
     }
@@ -103,7 +106,14 @@ def lacks(result: Mapping[str, Any]) -> list[str]:
 
 BRIEF_KEYS = (
     *("name", "error", "step_s_median", "step_s_min", "step_s_max", "ratio_to_resident", "bit_equal"),
-    *("first_step_s", "peak_margin_gib", "resident_gib", "streamed_gib_per_step", "moved_gib_per_step"),
+    *(
+        "first_step_s",
+        "changed_strength_first_step_s",
+        "peak_margin_gib",
+        "resident_gib",
+        "streamed_gib_per_step",
+        "moved_gib_per_step",
+    ),
 )
 
 

@@ -136,8 +136,8 @@ class StepSpec:
     `free_gib` is what the card has free before a contender's process starts, its CUDA context included. Half of the
     model (`bench.half`) is None until the resident run has shown what else computing takes.
     `synchronize` says what a step's end waits for: "device" for everything the card was given, "stream" for the
-    compute stream alone, which leaves copies for the next step under way. `trace` asks LayerStream for the timeline
-    of a step after the timed runs.
+    compute stream alone, which leaves copies for the next step under way. With a `lora_rank` every contender's model
+    has a LoRA on all of its blocks. `trace` asks LayerStream for the timeline of a step after the timed runs.
     """
 
     family: str
@@ -158,6 +158,9 @@ class StepSpec:
     layerstream_dynamic: bool = True
     prefetch_blocks: int | None = None
     vram_gib: float = 0.0
+    ram_gib: float = 0.0
+    patching: str = "auto"
+    lora_rank: int = 0
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -167,6 +170,8 @@ class StepSpec:
             raise ValueError(
                 f"{self.steps} steps leave none to time after {WARMUP_STEPS} to warm up: use {WARMUP_STEPS + 1} or more"
             )
+        if self.lora_rank < 0 or self.ram_gib < 0:
+            raise ValueError(f"a LoRA's rank ({self.lora_rank}) and RAM ({self.ram_gib} GiB) are 0 for none, or more")
         if self.runs < 1:
             raise ValueError(f"runs is {self.runs}: at least one is needed")
         self._check_picture()

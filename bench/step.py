@@ -2,7 +2,8 @@
 
     python -m bench.step --family zimage --free-gib 8
 
-`--free-gib half` leaves room for half of the model, as `bench.half` says.
+`--free-gib half` leaves room for half of the model, as `bench.half` says. `--lora-rank 64` puts a LoRA on every block,
+and tells how long a changed strength takes; `--ram-gb 8` gives LayerStream so much RAM and no more.
 Prints the machine and the floor first, then a table, and ends with one line of JSON; the whole result is written to
 `bench/results/`. Contenders and inputs are in `bench.contenders` and `bench.sampling`; `bench.matrix` runs many cases.
 """
@@ -41,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write what `arguments` ask for."""
     spec = make_spec(arguments, arguments.family, arguments.free_gib, arguments.cfg)
+    # The README's table is of models as they are, with all of RAM.
+    folder = "lora" if spec.lora_rank else "ram" if spec.ram_gib else ""
+    arguments.results = arguments.results / folder
     if arguments.checkpoint is not None:
         spec = dataclasses.replace(spec, size=arguments.checkpoint.name)
     else:

@@ -90,7 +90,7 @@ export class Panel {
     parts.memoryNote = element("p", { class: "ls-note" });
     parts.link = figures([["now", text("link.now")]]);
     parts.linkNote = element("p", { class: "ls-note" });
-    parts.host = figures(["slabs", "locked", "mapped", "packed", "free", "total"].map((key) => [key, text(`host.${key}`)]));
+    parts.host = figures(["slabs", "locked", "mapped", "in_file", "packed", "free", "total"].map((key) => [key, text(`host.${key}`)]));
     parts.models = element("ul", { class: "ls-list" });
     parts.events = element("ul", { class: "ls-list" });
     parts.blocks = element("div", { class: "ls-models" });
@@ -290,7 +290,9 @@ export class Panel {
     const packed = models.find((model) => model.is_packed && model.streamed_bytes_per_step);
     host.put("slabs", size(now?.slab_bytes));
     host.put("locked", size(now?.page_locked_bytes));
-    host.put("mapped", size(models.reduce((total, model) => total + (model.mapped_bytes ?? 0), 0)));
+    const sum = (key) => size(models.reduce((total, model) => total + (model[key] ?? 0), 0));
+    host.put("mapped", sum("mapped_bytes"));
+    host.put("in_file", sum("in_file_bytes_per_step"));
     host.put("packed", packed ? `${this.#words.number((100 * packed.link_bytes_per_step) / packed.streamed_bytes_per_step, 1)} %` : "–");
     host.put("free", size(now?.ram_free_bytes));
     host.put("total", size(now?.ram_total_bytes));
