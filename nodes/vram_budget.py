@@ -33,8 +33,9 @@ class VramBudget(io.ComfyNode):
                     max=2048.0,
                     step=1.0,
                     tooltip=(
-                        "Most GiB of RAM that weights may take, page-locked or not. 0: as much as they need, at most "
-                        "half of all RAM page-locked."
+                        "Most GiB of RAM that weights may take, page-locked or not. 0: as much as they need and is "
+                        "free, at most half of all RAM page-locked. What finds no room is read from its file in every "
+                        "pass."
                     ),
                 ),
                 io.Boolean.Input(
