@@ -230,7 +230,7 @@ class StreamingModelPatcher(ModelPatcher):
         # A simulated card has no times to decide by; one that can pack is there to have packing tried.
         is_auto, is_blind = self.settings.packing is Packing.AUTO, not stream.device.has_clock
         # What RAM has no room for is read from its file in every pass, which takes longer than anything else.
-        is_short = least_streamed_bytes(stream, within(self.settings, stream)) > stream.room_for_copies
+        is_short = stream.note_ram(least_streamed_bytes(stream, within(self.settings, stream)))
         return Packing.ALWAYS if is_auto and (is_blind or is_short) else self.settings.packing
 
     def _marks(self) -> Marks:

@@ -46,6 +46,9 @@ COMFY_FILE = "_comfy_tensor_file_slice"
 # RAM that copies of weights leave for everything else.
 SPARE_RAM_BYTES = 8 * 1024**3
 
+# What a model that was short of RAM wants of it, against what it needs, before it is taken to have enough again.
+ENOUGH = 1.2
+
 # Packed bytes of a weight against its own, at the worst seen.
 PACKED_SHARE = 0.75
 
@@ -98,6 +101,8 @@ class ModelStream:
     """What weights and ring can take on the card in a run of this shape, as seen in one; None until then."""
     compute_bytes: int = 0
     """What compute took of the card beside them at its peak."""
+    is_short_of_ram: bool = False
+    """Whether RAM had no room for slabs of what streams when it was last asked."""
     run_time: RunTimePatches | None = None
     """Which patches are applied as their layer runs, as it was decided at the last load."""
     casting: CastSwitch = field(default_factory=CastSwitch)
@@ -217,6 +222,11 @@ class ModelStream:
     def room_for_copies(self) -> float:
         """Bytes of RAM that slabs of this model may take where they hold copies of what can be read from its file."""
         return host_memory().room_for_copies() + (self.session.host_bytes if self.is_open else 0)
+
+    def note_ram(self, wanted_bytes: int) -> bool:
+        """Whether RAM has no room for slabs of `wanted_bytes`; once it had none, room for a little more is needed."""
+        self.is_short_of_ram = wanted_bytes * (ENOUGH if self.is_short_of_ram else 1.0) > self.room_for_copies
+        return self.is_short_of_ram
 
     def has_ram_for(self, size_bytes: int) -> bool:
         """Whether so many bytes more leave the RAM that the system and other programs need."""

@@ -147,6 +147,22 @@ class TestSafetensors:
             in_file.append(streamed.stream.session.in_file_bytes)
         assert 0 < in_file[1] < in_file[0]
 
+    def test_ram_that_wobbles_packs_nothing_anew(self, monkeypatch, mapped_model, sample):
+        on_simulated_card(monkeypatch, seed=5, is_packed=True)
+        expected, size_bytes = sample(mapped_model), mapped_model.model_size()
+        streamed = stream(mapped_model, 0.0)
+        device, packed = streamed.stream.device, []
+        monkeypatch.setattr(device, "has_clock", True)  # with one, nothing is packed without a reason
+        encode = device.packer.encode
+        monkeypatch.setattr(device.packer, "encode", lambda *args: (packed.append(1), encode(*args))[1])
+        for share, is_packed in ((1.3, False), (0.95, True), (1.0, True), (1.1, True), (0.9, True), (1.3, False)):
+            packed.clear()
+            held_bytes = streamed.stream.session.host_bytes if streamed.stream.is_open else 0
+            give_ram(monkeypatch, int(share * size_bytes) - held_bytes)
+            assert torch.equal(sample(streamed), expected)
+            assert streamed.stream.session.is_packed == is_packed
+            assert bool(packed) == (share == 0.95)
+
     def test_loras_are_baked_where_there_is_room_and_else_at_run_time(
         self, monkeypatch, streamed, mapped_model, sample
     ):
