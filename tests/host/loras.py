@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import pytest
 import torch
@@ -13,15 +14,24 @@ import torch
 
 def make_lora(model, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
     """A LoRA file's tensors for every second linear weight, in blocks and outside."""
+    return _file(model.model.diffusion_model, "diffusion_model", seed, rank)
+
+
+def make_text_lora(clip, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    """The same for a text encoder, tables of vectors included."""
+    return _file(clip.cond_stage_model, "text_encoders", seed, rank)
+
+
+def _file(module: torch.nn.Module, prefix: str, seed: int, rank: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     lora = {}
     linears = [
         (name, weight)
-        for name, weight in model.model.diffusion_model.named_parameters()
+        for name, weight in module.named_parameters()
         if weight.ndim == 2 and name.endswith(".weight") and min(weight.shape) > 1
     ]
     for name, weight in linears[::2]:
-        base = f"diffusion_model.{name.removesuffix('.weight')}"
+        base = f"{prefix}.{name.removesuffix('.weight')}"
         lora[f"{base}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator) * 0.05
         lora[f"{base}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator) * 0.05
     return lora
@@ -37,6 +47,9 @@ def on_low_memory(model: Any) -> Any:
 
     class OnLowMemory(type(model)):
         def load(self, device_to=None, lowvram_model_memory=0, **options):
+            # Of layers that a full load had cast, ComfyUI believes that they are in this way already, with no patches.
+            for module in self.model.modules():
+                comfy.model_patcher.wipe_lowvram_weight(module)
             super().load(device_to, lowvram_model_memory=1, **{**options, "full_load": False})
 
     model.__class__ = OnLowMemory
