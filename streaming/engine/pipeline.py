@@ -133,6 +133,8 @@ class Pipeline:
     def discard(self) -> None:
         """Forget everything fetched ahead, after waiting for what is under way: host bytes are about to change."""
         self._copying.stream.synchronize()
+        if self._staging is not None:
+            self._staging.discard()
         self._copying.ring.empty()
         self._restoring.ring.empty()
         self._settle()

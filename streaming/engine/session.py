@@ -335,8 +335,6 @@ class Session:
         restored = {index: moving.raw_bytes for index, moving in self._moving.items() if moving.layout is not None}
         if self._walk.blocks != self._moving.keys():
             self._walk = Walk([index for index in self._costs.order() if index in self._moving])
-        staged = {index: moving.source for index, moving in self._moving.items() if isinstance(moving.source, Staged)}
-        staging = Staging(self.device, self._loader.store.host_memory, staged) if staged else None
         try:
             ring = Ring(self.device, copied, self._walk.order, self.plan.ring_bytes)
             scratch = Ring(self.device, restored, self._walk.order, self._scratch_bytes)
@@ -346,6 +344,8 @@ class Session:
                 f"{self._scratch_bytes / MIB:.0f} MiB to be restored in, in one piece each, and "
                 f"{self.device.free_bytes() / MIB:.0f} MiB are free: free more, or load a plan for a smaller budget"
             ) from error
+        staged = {index: moving.source for index, moving in self._moving.items() if isinstance(moving.source, Staged)}
+        staging = Staging(self.device, self._loader.store.host_memory, staged) if staged else None
         self._rings = ring, scratch
         self._pipeline = Pipeline(
             self.device,

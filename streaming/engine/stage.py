@@ -108,8 +108,12 @@ class Copying(Stage):
             self._staging.look_ahead(self._missing_staged(self._staging))
 
     def _missing_staged(self, staging: Staging) -> Iterator[int]:
-        """The blocks ahead that come by way of `staging` and are not on the device yet."""
-        return (index for index in self._walk.ahead() if index in staging and not self.ring.places[index].is_held)
+        """The blocks ahead that come by way of `staging` and are to be copied."""
+        return (
+            index
+            for index in self._walk.ahead()
+            if index in staging and not self.ring.places[index].is_held and not self._is_past(index)
+        )
 
     def _is_past(self, index: int) -> bool:
         restored = self._scratch.places.get(index)

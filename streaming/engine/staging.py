@@ -7,9 +7,10 @@ thread reads them ahead; everything that concerns the device is done by the thre
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -84,18 +85,23 @@ class Staging:
         self._sources = sources
         largest_bytes = max(source.nbytes for source in sources.values())
         self._idle = deque(_Buffer(device, host_memory, largest_bytes) for _ in range(min(BUFFERS, len(sources))))
+        self._count = len(self._idle)
         self._staged: dict[int, tuple[_Buffer, Future[object]]] = {}
+        # One reads at a time, so what is read into a buffer follows what was read into it before.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layerstream-staging")
 
     def __contains__(self, index: int) -> bool:
         return index in self._sources
 
     def look_ahead(self, indices: Iterable[int]) -> None:
-        """Begin to read the blocks that are copied next, soonest first, as far as there are buffers."""
-        for index in indices:
+        """Begin to read the blocks that are copied next, soonest first, as far as there are buffers. What was read of
+        others, for a pass that broke off or went another way, makes way.
+        """
+        soon = list(itertools.islice(indices, self._count))
+        for index in soon:
             if index in self._staged:
                 continue
-            buffer = self._free_buffer()
+            buffer = self._free_buffer() or self._taken_from_other_than(soon)
             if buffer is None:
                 return
             self._read(index, buffer)
@@ -116,6 +122,11 @@ class Staging:
         reading.result()
         copy(buffer.slab.stored[: self._sources[index].nbytes])
         buffer.sent.record(stream)
+
+    def discard(self) -> None:
+        """Forget what was read ahead, and what is being read: the bytes are about to change."""
+        while (buffer := self._taken_from_other_than(())) is not None:
+            self._idle.appendleft(buffer)
 
     def close(self) -> None:
         """Give the buffers back; no copy of them may be under way."""
@@ -140,7 +151,15 @@ class Staging:
             buffer = self._idle.popleft()
             buffer.sent.synchronize()
             return buffer
-        _, (buffer, reading) = self._staged.popitem()
-        if not reading.cancel():
-            wait([reading])
+        taken = self._taken_from_other_than(())
+        assert taken is not None, "a buffer is neither idle nor read into"
+        return taken
+
+    def _taken_from_other_than(self, soon: Collection[int]) -> _Buffer | None:
+        """The buffer of the last block that began to be read and is not among those needed `soon`; None without one."""
+        index = next((index for index in reversed(self._staged) if index not in soon), None)
+        if index is None:
+            return None
+        buffer, reading = self._staged.pop(index)
+        reading.cancel()
         return buffer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 import pytest
 import torch
@@ -172,6 +173,94 @@ def test_blocks_are_read_ahead_and_none_into_a_buffer_that_is_still_copied():
     assert sorted(set(reads)) == sorted(sizes)
     staging.close()
     assert memory.total_bytes == device.locked_bytes == 0
+
+
+def counted(reads: list[int], size_bytes: int) -> dict[int, Staged]:
+    """Ten blocks whose bytes are their index; `reads` is told of each that is read."""
+
+    def source(index: int) -> Staged:
+        def read_into(stored):
+            reads.append(index)
+            stored.fill_(index)
+
+        return Staged(size_bytes, read_into, in_file=True)
+
+    return {index: source(index) for index in range(10)}
+
+
+def test_what_is_not_needed_soon_any_more_makes_way():
+    reads: list[int] = []
+    device = SimulatedDevice(1 << 20)
+    staging = Staging(device, HostMemory(), counted(reads, 1000))
+    staging.look_ahead([6, 7, 8, 9])
+    staging.look_ahead([0, 1, 8, 2, 3])
+    deadline = time.monotonic() + 10
+    while not all(staging.is_there(index) for index in (0, 1, 8, 2)):
+        assert time.monotonic() < deadline
+    assert not staging.is_there(3) and reads.count(8) == 1
+    stream, memory = device.copy_stream(), {index: device.allocate(1000) for index in (0, 1, 8, 2)}
+    for index, found in memory.items():
+        staging.send(index, lambda stored, found=found: device.copy(found, stored, stream, stream), stream)
+    stream.synchronize()
+    assert all(bool((found == index).all()) for index, found in memory.items())
+    staging.close()
+
+
+def test_what_changes_on_the_host_is_read_again():
+    walker = make_walker(count=COUNT)
+    x = make_input(walker)
+    session = Session(
+        take_apart(walker, walker.units()),
+        SimulatedDevice(1 << 30),
+        lambda tensor: False,
+        host_memory=HostMemory(lambda: Ceilings(locked_bytes=0)),
+    )
+    session.load(plan_for(session, ALL_STREAMED))
+    for _ in range(3):
+        one_pass(session, walker, x)
+    for block in walker.blocks:
+        block.up.weight.mul_(0.5)
+    session.discard_fetched()
+    expected = make_walker(count=COUNT)
+    for block in expected.blocks:
+        block.up.weight.mul_(0.5)
+    assert torch.equal(one_pass(session, walker, x), expected(x))
+
+
+def test_nothing_is_read_ahead_that_is_on_the_device_already(monkeypatch):
+    walker = make_walker(count=COUNT)
+    x = make_input(walker)
+    look_ahead, again = Staging.look_ahead, []
+
+    def noted(staging, indices):
+        indices = list(indices)
+        again.extend(place.index for place in session.places() if place.is_fresh and place.index in indices)
+        look_ahead(staging, indices)
+
+    monkeypatch.setattr(Staging, "look_ahead", noted)
+    session = Session(
+        take_apart(walker, walker.units()),
+        SimulatedDevice(1 << 30, 5, PlainPacker()),
+        lambda tensor: False,
+        host_memory=HostMemory(lambda: Ceilings(locked_bytes=0)),
+    )
+    session.load(plan_for(session, ALL_STREAMED, is_packed=True))
+    for _ in range(3):
+        one_pass(session, walker, x)
+    assert not again
+
+
+def test_a_ring_that_does_not_fit_leaves_no_buffers_locked():
+    walker = make_walker(count=COUNT)
+    device = SimulatedDevice(1 << 30)
+    session = attach(walker, device, 0.0)
+    session.load(plan_for(session, ALL_STREAMED))
+    device.limit(device.used_bytes)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        session.begin_run()
+    assert device.locked_bytes == 0, f"held while {error.type.__name__} is handled"
+    device.limit(None)
+    assert torch.equal(one_pass(session, walker, make_input(walker)), make_walker(count=COUNT)(make_input(walker)))
 
 
 def test_those_that_stay_are_spread_evenly_and_stay_while_that_does():
