@@ -21,6 +21,9 @@ from .store import HostMemory, Slab
 # One is read while others wait for their copy; more even out what the file's disk takes longer for.
 BUFFERS = 4
 
+# What they take together where blocks are so large that fewer do.
+MOST_BUFFER_BYTES = 1024**3
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -35,39 +38,54 @@ class Staged:
     in_file: bool
 
 
-def staging_bytes(sizes: Iterable[int]) -> int:
+def buffer_count(sizes: Collection[int]) -> int:
+    """How many buffers serve blocks of these sizes, each as large as the largest of them."""
+    return min(BUFFERS, len(sizes), max(1, MOST_BUFFER_BYTES // max(sizes, default=1)))
+
+
+def staging_bytes(sizes: Collection[int]) -> int:
     """What the buffers take of host memory for blocks of these sizes."""
-    largest = sorted(sizes, reverse=True)
-    return min(BUFFERS, len(largest)) * largest[0] if largest else 0
+    return buffer_count(sizes) * max(sizes, default=0)
 
 
 def choose_left(sizes: Mapping[int, int], room_bytes: float, present: set[int]) -> set[int]:
     """Which blocks of `sizes`, in the order they run, stay in their file so that the others fit into `room_bytes`.
 
-    They are spread evenly, so that reading never pauses. Those that do so at `present` go on, if they are not far more
-    than need be.
+    They are spread evenly, so that reading never pauses. Those that do so at `present` go on, joined by others if need
+    be, unless they are far too many: what free RAM differs by from run to run shall not have much of the model read.
     """
-    total_bytes = sum(sizes.values())
-    if total_bytes <= room_bytes:
+    short_bytes = sum(sizes.values()) - room_bytes
+    if short_bytes <= 0:
         return set()
-    least_bytes = min(total_bytes, total_bytes - room_bytes + staging_bytes(sizes.values()))
-    present_bytes = sum(sizes.get(index, 0) for index in present)
-    if present <= sizes.keys() and least_bytes <= present_bytes <= least_bytes + total_bytes / 10:
-        return present
-    left: set[int] = set()
-    due_bytes, left_bytes = 0.0, 0
-    for index, size_bytes in sizes.items():
-        due_bytes += size_bytes * least_bytes / total_bytes
-        if due_bytes - left_bytes > size_bytes / 2:
+    sizes = _sparing_giants(sizes, short_bytes)
+    total_bytes = sum(sizes.values())
+    least_bytes = min(total_bytes, short_bytes + staging_bytes(sizes.values()))
+    left = set(present) if present <= sizes.keys() else set()
+    if sum(sizes[index] for index in left) > least_bytes + total_bytes / 10:
+        left.clear()
+    kept = {index: size_bytes for index, size_bytes in sizes.items() if index not in left}
+    kept_bytes = sum(kept.values())
+    wanted_bytes = least_bytes - (total_bytes - kept_bytes)
+    due_bytes, found_bytes = 0.0, 0
+    for index, size_bytes in kept.items():
+        due_bytes += size_bytes * wanted_bytes / kept_bytes
+        if due_bytes - found_bytes > size_bytes / 2:
             left.add(index)
-            left_bytes += size_bytes
-    for index, size_bytes in sizes.items():
-        if left_bytes >= least_bytes:
+            found_bytes += size_bytes
+    for index, size_bytes in kept.items():
+        if found_bytes >= wanted_bytes:
             break
         if index not in left:
             left.add(index)
-            left_bytes += size_bytes
+            found_bytes += size_bytes
     return left
+
+
+def _sparing_giants(sizes: Mapping[int, int], short_bytes: float) -> Mapping[int, int]:
+    """The blocks of `sizes` whose buffers take little of what they would make room for, if those suffice; else all."""
+    most_bytes = sum(sizes.values()) / 10
+    small = {index: size_bytes for index, size_bytes in sizes.items() if BUFFERS * size_bytes <= most_bytes}
+    return small if sum(small.values()) >= short_bytes + staging_bytes(small.values()) else sizes
 
 
 class _Buffer:
@@ -83,9 +101,9 @@ class Staging:
 
     def __init__(self, device: Device, host_memory: HostMemory, sources: Mapping[int, Staged]) -> None:
         self._sources = sources
-        largest_bytes = max(source.nbytes for source in sources.values())
-        self._idle = deque(_Buffer(device, host_memory, largest_bytes) for _ in range(min(BUFFERS, len(sources))))
-        self._count = len(self._idle)
+        sizes = [source.nbytes for source in sources.values()]
+        self._count = buffer_count(sizes)
+        self._idle = deque(_Buffer(device, host_memory, max(sizes)) for _ in range(self._count))
         self._staged: dict[int, tuple[_Buffer, Future[object]]] = {}
         # One reads at a time, so what is read into a buffer follows what was read into it before.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layerstream-staging")
