@@ -170,16 +170,24 @@ class BlockLoader:
     def choose_in_file(self, sizes: Mapping[int, int], unchanged: Mapping[int, Block]) -> set[int]:
         """Which of the blocks whose slabs would have `sizes`, in the order they run, get none for want of host memory.
 
-        Only of the `unchanged` ones: their weights can be read again at any time, where they are mapped.
+        Only of the `unchanged` ones: their weights can be read again at any time, where they are mapped. Slabs of such
+        ones that need none are dropped at once where there is no room for them beside the new ones.
         """
-        readable = {
-            index: size_bytes
-            for index, size_bytes in sizes.items()
-            if index in unchanged and self._is_mapped(unchanged[index])
-        }
+        mapped = {index for index, block in unchanged.items() if self._is_mapped(block)}
+        readable = {index: size_bytes for index, size_bytes in sizes.items() if index in mapped}
         others_bytes = sum(sizes.values()) - sum(readable.values())
+        if self.is_shelving:
+            others_bytes += self.store.bytes_beside(mapped | sizes.keys())
         room_bytes = self.store.host_memory.room_for_copies() + self.store.host_bytes - others_bytes
-        return choose_left(readable, room_bytes, self.in_file)
+        in_file = choose_left(readable, room_bytes, self.in_file)
+        spare_bytes = 0 if in_file else room_bytes - sum(readable.values())
+        for index in in_file | (mapped - sizes.keys()):
+            slab = self.store.get(index)
+            if slab is not None:
+                spare_bytes -= slab.size_bytes
+                if spare_bytes < 0:
+                    self.store.drop(index)
+        return in_file
 
     def _is_mapped(self, block: Block) -> bool:
         return all(self._keep_home(weight.home) for weight in block.weights[cut_of(block) :])
@@ -237,7 +245,7 @@ class BlockLoader:
         slab = self._valid_slab(index, mark)
         base = block.offset_of(cut)
         size_bytes = block.weight_bytes() - base
-        is_shelved = self.is_shelving and size_bytes > 0 and (slab is not None or self.store.has_room(size_bytes))
+        is_shelved = self.is_shelving and size_bytes > 0 and (slab is not None or self._may_shelve(block, size_bytes))
         if is_shelved:
             slab = self._raw_slab(index, block, cut, mark, changed)
         memory = self._device.allocate(size_bytes)
@@ -252,6 +260,12 @@ class BlockLoader:
             self._adopt(slab, block, cut, mark)
         else:
             self.store.drop(index)
+
+    def _may_shelve(self, block: Block, size_bytes: int) -> bool:
+        """Whether host memory has room for a copy of `block` beside what streams."""
+        if not self._is_mapped(block):
+            return self.store.has_room(size_bytes)
+        return not self.in_file and self.store.host_memory.room_for_copies() >= size_bytes
 
     def keep_outside(self, block: Block, mark: Hashable, changed: Changed) -> None:
         """Put what lies outside the blocks on the device for good; without a copy if changed: it may have grown."""

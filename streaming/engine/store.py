@@ -11,7 +11,7 @@ import math
 import mmap
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import torch
@@ -165,6 +165,10 @@ class HostStore:
 
     def has_room(self, size_bytes: int) -> bool:
         return self.host_memory.has_room(size_bytes)
+
+    def bytes_beside(self, indices: Container[int]) -> int:
+        """What the slabs of other blocks than those of `indices` take."""
+        return sum(slab.size_bytes for index, slab in self._slabs.items() if index not in indices)
 
     def build(self, index: int, base: int, size_bytes: int, layout: Layout | None = None) -> Slab:
         """Make the slab of block `index`; its old one, if any, must have been dropped."""

@@ -86,6 +86,31 @@ def test_what_is_not_mapped_has_its_slabs_whatever_the_room():
     assert session.in_file_bytes == session.host_bytes == session.plan.streamed_bytes // 2
 
 
+@pytest.mark.parametrize("is_shelved", [False, True], ids=["gone", "shelved"])
+@pytest.mark.parametrize("room", [0.0, 0.3, 0.8, 1.2])
+def test_room_is_never_exceeded_while_plans_change(room, is_shelved):
+    walker, device, peaks = make_walker(count=COUNT), SimulatedDevice(1 << 30, 7), [0]
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, device, room)
+    memory, lock = session._loader.store.host_memory, device.page_lock
+    device.page_lock = lambda pages: (peaks.append(memory.total_bytes + pages.nbytes), lock(pages))[1]
+    if is_shelved:
+        session.shelve()
+    all_streamed, half, most = (plan_for(session, kept) for kept in (ALL_STREAMED, 0.5, 0.8))
+    for plan in (half, all_streamed, half, most, half, half):
+        peaks.clear()
+        session.load(plan)
+        assert max(peaks, default=0) <= room * session.total_bytes
+        assert torch.equal(one_pass(session, walker, x), expected)
+        session.evict(session.total_bytes // 4)
+    streamed_share = half.streamed_bytes / session.total_bytes
+    assert (session.in_file_bytes > 0) == (room < streamed_share)
+    assert (session.host_bytes > half.streamed_bytes) == (is_shelved and room > streamed_share)
+    session.close()
+    assert torch.equal(walker(x), expected)
+
+
 def test_changed_weights_have_slabs_and_weights_to_be_changed_in_place_too():
     walker = make_walker(count=COUNT)
     x = make_input(walker)
