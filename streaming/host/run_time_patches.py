@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
+from comfy.weight_adapter import WeightAdapterBase
 
 from ..engine.device import Device
 from ..engine.loader import cut_of
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("layerstream")
 
+# Patches that take no more are locked even where RAM is short: a LoRA does, and its layers wait for it otherwise.
+LITTLE_BYTES = 1 * GIB
+
 
 class RunTimePatch(LowVramPatch):
     """The patches of one weight."""
@@ -39,12 +44,29 @@ class RunTimePatch(LowVramPatch):
 
 
 def lock(patches: Sequence[RunTimePatch], device: Device) -> None:
-    """Have `patches` hold their tensors in page-locked memory, if there is such; those that do already stay there."""
+    """Have `patches` hold their tensors in page-locked memory, if there is such; those that do already stay there.
+
+    A merge's hold another model, for which there may be no room once more.
+    """
     fresh = [patch for patch in patches if patch.slab is None]
+    size_bytes = sum(tensor.nbytes for patch in fresh for tensor in _tensors(patch.patches[patch.key]))
+    if size_bytes > max(LITTLE_BYTES, host_memory().room_for_copies()):
+        return
     locked = page_locked([patch.patches[patch.key] for patch in fresh], device, host_memory())
     if locked is not None:
         for patch, values in zip(fresh, locked.values, strict=True):
             patch.patches[patch.key], patch.slab = values, locked.slab
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a value of `add_patches`."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, WeightAdapterBase):
+        yield from _tensors(value.weights)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
 
 
 class RunTimePatches(NamedTuple):
@@ -55,13 +77,21 @@ class RunTimePatches(NamedTuple):
 
 
 def decide(patcher: StreamingModelPatcher) -> RunTimePatches:
-    """Choose how the patches of `patcher` are applied. What was chosen once stands: it shows in the image."""
+    """Choose how the patches of `patcher` are applied.
+
+    It shows in the image, so that what was chosen stands until others are loaded, and that there was no room for
+    patched weights stands for good.
+    """
     stream, asked = patcher.stream, (patcher.patches_uuid, patcher.settings.patching)
     if stream.run_time is not None and stream.run_time.asked == asked:
         return stream.run_time
     keys = list(_keys(patcher))
-    if not keys or not _is_at_run_time(patcher, set(keys)):
+    is_at_run_time = bool(keys) and (asked in stream.without_room or _is_at_run_time(patcher, set(keys)))
+    if is_at_run_time != bool(stream.run_time and stream.run_time.by_key):
+        stream.forget_measured()  # patching takes memory and time of the card in each layer
+    if not is_at_run_time:
         return RunTimePatches(asked, {})
+    stream.without_room.add(asked)
     by_key = {}
     for key in keys:
         _, store, convert = get_key_weight(patcher.model, key)

@@ -33,7 +33,7 @@ from .casting import CastSwitch
 from .families import Family, family_of
 from .moves import Moves
 from .restraint import FREE, Restraint
-from .settings import StreamingSettings
+from .settings import Patching, StreamingSettings
 
 if TYPE_CHECKING:
     from .run_time_patches import RunTimePatches
@@ -105,6 +105,8 @@ class ModelStream:
     """Whether RAM had no room for slabs of what streams when it was last asked."""
     run_time: RunTimePatches | None = None
     """Which patches are applied as their layer runs, as it was decided at the last load."""
+    without_room: set[tuple[uuid.UUID, Patching]] = field(default_factory=set)
+    """The sets of patches that RAM once had no room to bake."""
     casting: CastSwitch = field(default_factory=CastSwitch)
     number: int = field(default_factory=itertools.count(1).__next__)
     """What tells it from other streams where it is shown."""
@@ -181,9 +183,14 @@ class ModelStream:
     def begin_run(self, shape: Hashable) -> None:
         """Take note that a run of `shape` comes; what was measured for another one does not hold for it."""
         if shape != self.shape:
-            self.shape, self.fitting_bytes, self.batch = shape, None, 0
-            if self.is_open:
-                self.session.forget_times()
+            self.shape = shape
+            self.forget_measured()
+
+    def forget_measured(self) -> None:
+        """Take note that coming runs take other memory and time than those before."""
+        self.fitting_bytes, self.batch = None, 0
+        if self.is_open:
+            self.session.forget_times()
 
     def measure(self) -> bool:
         """Between passes: take what the session measured, once a plan; True when it did.

@@ -9,7 +9,8 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from layerstream.streaming.host.budget import Budget
+from layerstream.streaming.host import run_time_patches
+from layerstream.streaming.host.budget import Budget, host_memory
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import Patching
 from layerstream.streaming.host.streams import SPARE_RAM_BYTES
@@ -62,6 +63,42 @@ def test_with_ram_for_them_they_are_baked_and_without_at_run_time(card, load, sa
     assert enough.streaming_report()["run_time_patches"] == 0
     free_ram(0)
     assert torch.equal(sample(apply(streamed, lora, 0.8)), baked), "there is the room of those before"
+
+
+def test_no_room_for_them_stands_though_others_were_loaded_since(card, load, sample, free_ram):
+    model = load("flux", size="tiny")
+    lora = make_lora(model, seed=1)
+    streamed = stream(model, 0.0)
+    free_ram(0)
+    short = apply(streamed, lora, 0.8)
+    image = sample(short)
+    assert short.streaming_report()["run_time_patches"]
+    free_ram(model.model_size())
+    sample(streamed)
+    assert torch.equal(sample(short), image)
+
+
+def test_what_was_measured_without_them_does_not_hold_with_them(card, load, sample):
+    model = load("flux", size="tiny")
+    streamed = at_run_time(model, 0.5)
+    sample(streamed)
+    first, second = (apply(streamed, make_lora(model, seed=seed), 0.8) for seed in (1, 2))
+    for patcher, holds in ((first, False), (second, True), (streamed, False), (streamed, True)):
+        patcher.stream.fitting_bytes = model.model_size()
+        sample(patcher)
+        assert (patcher.stream.fitting_bytes is not None) == holds
+
+
+def test_a_merged_model_is_not_copied_where_ram_is_short(card, load, sample, monkeypatch):
+    model, other = load("flux", size="tiny"), build_tiny_model("flux")
+    merged = at_run_time(model, 0.0).clone()
+    merged.add_patches(other.get_key_patches("diffusion_model."), 0.5, 0.5)
+    real, before_bytes = psutil.virtual_memory(), host_memory().total_bytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=0))
+    monkeypatch.setattr(run_time_patches, "LITTLE_BYTES", 0)
+    sample(merged)
+    assert merged.streaming_report()["run_time_patches"]
+    assert host_memory().total_bytes - before_bytes == merged.stream.session.host_bytes
 
 
 def test_residents_are_baked_in_the_memory_of_the_card(card, load, sample, free_ram):
