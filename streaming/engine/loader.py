@@ -19,7 +19,7 @@ from .mapped import FileSlice
 from .packing import PACKABLE, Layout, worst_bytes
 from .plan import TINY_BYTES
 from .staging import Staged, choose_left
-from .store import HostMemory, HostStore, Slab
+from .store import HostMemory, HostStore, Slab, packed_slab_bytes
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
@@ -108,7 +108,8 @@ class BlockLoader:
     def place(self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed) -> MovingBlock | None:
         """Bring the moving weights of `block` into `form`; None when they are resident.
 
-        A block that turns out not worth packing is left raw where it was to be.
+        A block that turns out not worth packing is left raw where it was to be, and one that packs to more than there
+        is room for in its file.
         """
         cut = cut_of(block)
         if index in self.in_file:
@@ -119,6 +120,10 @@ class BlockLoader:
         if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
             return self._placed(block, cut, slab, slab.layout, mark)
         packed = self._pack(index, block, cut, mark, changed)
+        slab_bytes = block.weight_bytes() - block.offset_of(cut) if packed is None else packed[1].stored_bytes
+        if form.is_streamed and mark is None and not self._has_room(index, block, slab_bytes):
+            self.in_file.add(index)
+            return self._leave_in_file(index, block, cut)
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
         room, layout = packed
@@ -188,6 +193,12 @@ class BlockLoader:
                 if spare_bytes < 0:
                     self.store.drop(index)
         return in_file
+
+    def _has_room(self, index: int, block: Block, size_bytes: int) -> bool:
+        """Whether a slab of `size_bytes` may take the place of the one of block `index`; where it must, it may."""
+        old = self.store.get(index)
+        most_bytes = self.store.host_memory.room_for_copies() + (old.size_bytes if old is not None else 0)
+        return packed_slab_bytes(size_bytes) <= most_bytes or not self._is_mapped(block)
 
     def _is_mapped(self, block: Block) -> bool:
         return all(self._keep_home(weight.home) for weight in block.weights[cut_of(block) :])

@@ -105,7 +105,7 @@ class Slab:
     ) -> None:
         self.base = base
         self.layout = layout
-        self._memory = _anonymous_pages(size_bytes if layout is None else size_bytes + size_bytes // SPARE_SHARE)
+        self._memory = _anonymous_pages(size_bytes if layout is None else packed_slab_bytes(size_bytes))
         self.stored = self._memory[:size_bytes]
         self.is_locked = host_memory.take(self._memory, device, is_buffer)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
@@ -126,6 +126,11 @@ class Slab:
     def close(self) -> None:
         """Unlock the pages; safe to call twice."""
         self._give_back()
+
+
+def packed_slab_bytes(stored_bytes: int) -> int:
+    """What a slab for so many packed bytes takes."""
+    return stored_bytes + stored_bytes // SPARE_SHARE
 
 
 def _anonymous_pages(size_bytes: int) -> torch.Tensor:

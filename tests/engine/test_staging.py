@@ -111,6 +111,26 @@ def test_room_is_never_exceeded_while_plans_change(room, is_shelved):
     assert torch.equal(walker(x), expected)
 
 
+@pytest.mark.parametrize("room", [0.4, 0.5, 0.68])
+def test_what_packs_worse_than_was_thought_stays_within_a_ceiling(room):
+    walker = make_walker(count=COUNT)
+    generator = torch.Generator().manual_seed(0)
+    for block in walker.blocks:
+        for linear in (block.up, block.down):
+            shape = linear.weight.shape
+            linear.weight.mul_(torch.exp2(torch.randint(-12, 1, shape, generator=generator).float()))
+    x = make_input(walker)
+    expected = walker(x)
+    parts = take_apart(walker, walker.units())
+    most_bytes = int(room * sum(block.weight_bytes() for block in parts.blocks))
+    memory = HostMemory(lambda: Ceilings(most_bytes, most_bytes, most_bytes))
+    session = Session(parts, SimulatedDevice(1 << 30, 2, PlainPacker()), lambda tensor: True, host_memory=memory)
+    for _ in range(3):
+        session.load(plan_for(session, ALL_STREAMED, is_packed=True))
+        assert 0.5 * most_bytes < session.host_bytes <= most_bytes
+        assert torch.equal(one_pass(session, walker, x), expected)
+
+
 def test_changed_weights_have_slabs_and_weights_to_be_changed_in_place_too():
     walker = make_walker(count=COUNT)
     x = make_input(walker)
