@@ -189,6 +189,32 @@ def test_a_read_that_fails_ends_the_pass_and_the_next_one_is_whole():
             assert torch.equal(one_pass(session, walker, x), expected)
 
 
+def test_sessions_that_come_and_go_leave_no_thread_and_no_locked_memory():
+    walker = make_walker(count=COUNT)
+    x, device = make_input(walker), SimulatedDevice(1 << 30)
+    memory, expected, threads = bounded(0), walker(x), threading.active_count()
+    parts = take_apart(walker, walker.units())
+
+    def break_off(*_):
+        raise InterruptedError
+
+    for cycle in range(50):
+        session = Session(parts, device, lambda tensor: True, host_memory=memory)
+        session.load(plan_for(session, ALL_STREAMED))
+        hook = walker.blocks[cycle % COUNT].register_forward_hook(break_off)
+        with pytest.raises(InterruptedError):
+            one_pass(session, walker, x)
+        hook.remove()
+        if cycle % 2:
+            assert torch.equal(one_pass(session, walker, x), expected)
+        assert threading.active_count() == threads + 1
+        session.unload()
+        session.close()
+        session.close()
+        assert threading.active_count() == threads
+        assert memory.total_bytes == memory.locked_bytes == device.locked_bytes == 0
+
+
 def test_blocks_are_read_ahead_and_none_into_a_buffer_that_is_still_copied():
     reads: list[int] = []
     sizes = {index: 1000 + index for index in range(10)}

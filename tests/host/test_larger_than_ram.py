@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import comfy.model_management
@@ -10,6 +11,7 @@ import pytest
 import torch
 from layerstream.streaming.engine import staging
 from layerstream.streaming.engine.plan import GIB, Packing
+from layerstream.streaming.engine.store import HostStore
 from layerstream.streaming.host.budget import LEAST_LEFT_BYTES, LEFT_SHARE, Budget, host_memory
 from layerstream.streaming.host.gguf_loading import load_diffusion_model
 from layerstream.streaming.host.report_text import report_text
@@ -95,6 +97,23 @@ def test_ram_that_comes_and_goes_changes_where_weights_are_and_no_bit(monkeypatc
         assert torch.equal(sample_tiny(streamed, NAME), expected)
         held.append(streamed.stream.session.host_bytes)
     assert held[0] == held[3] > held[2] > held[1] == 0
+
+
+def test_ram_that_wobbles_has_little_of_it_read_again(monkeypatch, gguf_file):
+    model, expected = gguf_file
+    streamed, built, chance = stream(model, 0.0), [], random.Random(0)
+    build = HostStore.build
+    monkeypatch.setattr(HostStore, "build", lambda *args: (built.append(args[1]), build(*args))[1])
+    full_bytes = model.model_size() // 2
+    give_ram(monkeypatch, full_bytes)
+    sample_tiny(streamed, NAME)
+    at_first = len(built)
+    for _ in range(10):
+        wobble_bytes = int(chance.uniform(-0.01, 0.01) * full_bytes)
+        give_ram(monkeypatch, full_bytes + wobble_bytes - streamed.stream.session.host_bytes)
+        assert torch.equal(sample_tiny(streamed, NAME), expected)
+        assert streamed.stream.session.in_file_bytes > 0
+    assert at_first > 4 and len(built) <= at_first + 2
 
 
 def test_the_report_and_the_log_say_so(monkeypatch, gguf_file, caplog):
