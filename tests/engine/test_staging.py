@@ -193,7 +193,7 @@ def test_sessions_that_come_and_go_leave_no_thread_and_no_locked_memory():
     walker = make_walker(count=COUNT)
     x, device = make_input(walker), SimulatedDevice(1 << 30)
     memory, expected, threads = bounded(0), walker(x), threading.active_count()
-    parts = take_apart(walker, walker.units())
+    parts, pipelines = take_apart(walker, walker.units()), []
 
     def break_off(*_):
         raise InterruptedError
@@ -208,6 +208,7 @@ def test_sessions_that_come_and_go_leave_no_thread_and_no_locked_memory():
         if cycle % 2:
             assert torch.equal(one_pass(session, walker, x), expected)
         assert threading.active_count() == threads + 1
+        pipelines.append(session._pipeline)  # so that it is closed, and does not just die
         session.unload()
         session.close()
         session.close()
