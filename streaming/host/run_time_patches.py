@@ -117,7 +117,7 @@ def _is_at_run_time(patcher: StreamingModelPatcher, keys: set[str]) -> bool:
     # What holds other patches of the model is given up for these.
     fresh_bytes -= stream.session.changed_bytes
     is_enough = stream.has_ram_for(fresh_bytes) and (fresh_bytes <= 0 or host_memory().has_room(fresh_bytes))
-    if is_enough and mapped_bytes <= stream.room_for_copies:
+    if is_enough and mapped_bytes <= max(0, stream.room_for_copies):
         return False
     logger.warning(
         "LayerStream: LoRAs are applied whenever their layers run, as ComfyUI's low-memory way does: patched weights "
