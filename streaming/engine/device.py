@@ -168,6 +168,11 @@ class CudaDevice:
         return not failed
 
     def page_unlock(self, address: int) -> None:
+        try:
+            # After a run that broke off, copies of what lies there may still be under way.
+            torch.cuda.synchronize(self.torch_device)
+        except RuntimeError as error:
+            logger.debug("the device could not be waited for: %s", error)
         if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
             self._clear_error()
 

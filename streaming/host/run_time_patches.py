@@ -121,7 +121,7 @@ def _is_at_run_time(patcher: StreamingModelPatcher, keys: set[str]) -> bool:
         return False
     logger.warning(
         "LayerStream: LoRAs are applied whenever their layers run, as ComfyUI's low-memory way does: patched weights "
-        "would take %.2f GiB of RAM more than there is room for. Steps take longer; to have LoRAs applied once, close "
+        "would take %.2f GiB of RAM, more than there is room for. Steps take longer; to have LoRAs applied once, close "
         "other programs or raise ram_gb on a VRAM Budget node",
         max(fresh_bytes, mapped_bytes) / GIB,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 from layerstream.streaming.engine import meter
 from layerstream.streaming.engine.block import take_apart
@@ -9,6 +10,7 @@ from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.plan import GIB, Packing
 from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
+from layerstream.streaming.host.budget import LEAST_LEFT_BYTES, LEFT_SHARE, host_memory
 from layerstream.streaming.host.devices import PACKED_VARIABLE, SEED_VARIABLE, SIMULATE_VARIABLE
 from layerstream.streaming.host.families import family_of
 from layerstream.streaming.host.gguf_patches import streaming_patcher_for
@@ -23,6 +25,13 @@ def on_simulated_card(monkeypatch, seed: int = 0, size_gib: float = CARD_GIB, is
     monkeypatch.setenv(PACKED_VARIABLE, "1" if is_packed else "0")
     monkeypatch.setenv(SIMULATE_VARIABLE, str(size_gib))
     monkeypatch.setenv(SEED_VARIABLE, str(seed))
+
+
+def give_ram(monkeypatch, size_bytes: int) -> None:
+    """Let it seem as though copies of mapped weights may take `size_bytes` more than now."""
+    real, memory = psutil.virtual_memory(), host_memory()
+    full_bytes = memory.total_bytes + size_bytes + max(LEAST_LEFT_BYTES, int(LEFT_SHARE * real.total))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=full_bytes - memory.total_bytes))
 
 
 def believe_times(monkeypatch, streamed: StreamingModelPatcher, share: float) -> None:

@@ -16,6 +16,7 @@ import gguf
 import pytest
 import torch
 from gguf.constants import MODEL_ARCH
+from layerstream.nodes.layer_stream_clip import LayerStreamClip
 from layerstream.streaming.formats.gguf_file import GgufError
 from layerstream.streaming.formats.gguf_tensor import GgufTensor
 from layerstream.streaming.host.gguf_loading import load_diffusion_model, load_text_encoders
@@ -23,6 +24,7 @@ from layerstream.streaming.host.gguf_loading import load_diffusion_model, load_t
 from conftest import HOST
 from gguf_models import write_gguf
 from scripts import checkpoint_cache
+from streamed import give_ram, on_simulated_card
 
 # The fewest weights that ComfyUI takes for these encoders: it knows them by a depth or a width.
 _T5_WIDTHS = {"d_model": 64, "d_ff": 10240} if HOST.version != "0.3.75" else {"d_model": 4096, "d_ff": 64}
@@ -115,6 +117,18 @@ def test_a_gguf_file_beside_a_safetensors_file(t5):
         clip = load_text_encoders(paths, "flux", **OPTIONS)
         found = clip.encode_from_tokens(tokens, return_pooled=True)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_an_encoder_that_ram_has_no_room_for_is_read_from_its_file(t5, monkeypatch):
+    on_simulated_card(monkeypatch, seed=2)
+    clip = load_text_encoders([t5[0]], "pixart", **OPTIONS)
+    expected = clip.encode_from_tokens({"t5xxl": TOKENS})
+    give_ram(monkeypatch, 0)
+    streamed = LayerStreamClip.execute(clip, mode="always", prefetch_blocks=0, vram_gb=0.0, min_free_mb=0).args[0]
+    for _ in range(2):
+        assert torch.equal(streamed.encode_from_tokens({"t5xxl": TOKENS}), expected)
+        session = streamed.patcher.stream.session
+        assert session.in_file_bytes == session.link_bytes > 0 == session.host_bytes
 
 
 def test_a_lora_on_a_text_encoder(qwen3):

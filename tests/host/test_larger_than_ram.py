@@ -6,13 +6,12 @@ import random
 from dataclasses import replace
 
 import comfy.model_management
-import psutil
 import pytest
 import torch
 from layerstream.streaming.engine import staging
 from layerstream.streaming.engine.plan import GIB, Packing
 from layerstream.streaming.engine.store import HostStore
-from layerstream.streaming.host.budget import LEAST_LEFT_BYTES, LEFT_SHARE, Budget, host_memory
+from layerstream.streaming.host.budget import Budget, host_memory
 from layerstream.streaming.host.gguf_loading import load_diffusion_model
 from layerstream.streaming.host.report_text import report_text
 from layerstream.streaming.host.settings import Patching
@@ -21,7 +20,7 @@ from gguf_models import detect_narrow, load_resident, narrow_weights, write_gguf
 from loras import apply, make_lora, on_low_memory
 from scripts.division import narrow_units
 from scripts.tiny_models import build_tiny_model, sample_tiny
-from streamed import on_simulated_card, stream
+from streamed import give_ram, on_simulated_card, stream
 
 NAME, ARCHITECTURE = "flux", "flux"
 
@@ -42,13 +41,6 @@ def gguf_file(monkeypatch, tmp_path):
     with narrow_units(), torch.inference_mode():
         yield load_diffusion_model(path, dtype=torch.float32), sample_tiny(load_resident(weights), NAME)
     comfy.model_management.unload_all_models()
-
-
-def give_ram(monkeypatch, size_bytes: int) -> None:
-    """Let it seem as though copies of mapped weights may take `size_bytes` more than now."""
-    real, memory = psutil.virtual_memory(), host_memory()
-    full_bytes = memory.total_bytes + size_bytes + max(LEAST_LEFT_BYTES, int(LEFT_SHARE * real.total))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=full_bytes - memory.total_bytes))
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.4])
