@@ -2,7 +2,7 @@
 
 In: which file is wanted. Out: its path, written on the first request. Before one is written, files of other versions of
 the writing code are deleted, and as many of this one, the longest unused first, as lie above `KEPT_BYTES`: disks of
-continuous integration are small. What was asked for just now stays, since another process may be about to open it. A
+continuous integration are small. What another process asked for just now stays, since it may be about to open it. A
 file that is asked for again is written again, with the same bytes.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from . import checkpoints
@@ -29,8 +30,10 @@ WORKFLOW_FILES = {
 """Where the example workflow's files lie under a models folder: the names of the published Z-Image files."""
 KEPT_BYTES = 4 << 30
 """What files may take beside the one being written: more than any one workflow's narrow files."""
-IN_USE_S = 600
-"""For how long after it was asked for a file may be wanted by whoever did."""
+IN_USE_S = 180
+"""For how long after a process asked for a file it may open it."""
+ASKED = ".asked"
+"""The end of the name of an empty file that says which process asked for a file, and by its time when."""
 FULL = "-full"
 """In the names of files of full size: made for one measurement, larger than all this, and the person's to delete."""
 
@@ -88,6 +91,7 @@ def cached(name: str, write: Callable[[Path], Path]) -> Path:
         _delete_other_versions(folder)
         _delete_longest_unused(folder)
         write(path)
+    path.with_name(f"{path.name}.{os.getpid()}{ASKED}").touch()
     return path
 
 
@@ -114,7 +118,20 @@ def _delete_longest_unused(folder: Path) -> None:
     kept_bytes = 0
     for path in files:
         kept_bytes += path.stat().st_size
-        if kept_bytes > KEPT_BYTES and time.time() - path.stat().st_mtime > IN_USE_S:
-            # Windows refuses while a server has it open.
-            with contextlib.suppress(PermissionError):
+        if kept_bytes > KEPT_BYTES and not _is_wanted_by_others(path):
+            # Windows refuses while a server has it open; another process may have been faster.
+            with contextlib.suppress(PermissionError, FileNotFoundError):
                 path.unlink()
+
+
+def _is_wanted_by_others(path: Path) -> bool:
+    """Whether another process that lives asked for the file just now. What was asked for otherwise is forgotten."""
+    is_wanted = False
+    for asked in path.parent.glob(f"{path.name}.*{ASKED}"):
+        process = int(asked.name.removesuffix(ASKED).rpartition(".")[2])
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - asked.stat().st_mtime > IN_USE_S or not psutil.pid_exists(process):
+                asked.unlink()
+            elif process != os.getpid():
+                is_wanted = True
+    return is_wanted

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -58,15 +58,19 @@ def main() -> None:
     outcomes = [check("ruff", ["ruff", "check", "."]), *check_types()]
     named = {host: {COMFYUI_PATH: str(host.path)} for host in hosts}
     # What takes longest begins first.
-    runs = [partial(run_tests, host.name, HOST_TESTS, named[host]) for host in reversed(hosts)]
+    outcomes += side_by_side([partial(run_tests, host.name, HOST_TESTS, named[host]) for host in reversed(hosts)])
     # They look for hosts themselves and open each in a process of its own.
     all_named = {COMFYUI_PATH: os.pathsep.join(str(host.path) for host in hosts)}
-    runs += [partial(run_tests, "bench", BENCH_TESTS, all_named), partial(run_tests, "engine", ENGINE_TESTS, {})]
+    runs = [partial(run_tests, "bench", BENCH_TESTS, all_named), partial(run_tests, "engine", ENGINE_TESTS, {})]
     runs += [partial(run_tests, f"browser {host.version}", BROWSER_TESTS, named[host]) for host in hosts]
-    runs.append(partial(run_tests, "formats", FORMATS_TESTS, {}))
-    with ThreadPoolExecutor(min(AT_A_TIME, os.cpu_count() or 1)) as pool:
-        outcomes += pool.map(lambda run: run(), runs)
+    outcomes += side_by_side([*runs, partial(run_tests, "formats", FORMATS_TESTS, {})])
     sys.exit(summarise(outcomes))
+
+
+def side_by_side(runs: Sequence[Callable[[], Outcome]]) -> list[Outcome]:
+    """Do all `runs`, as many at a time as share the machine."""
+    with ThreadPoolExecutor(min(AT_A_TIME, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda run: run(), runs))
 
 
 def hosts_under_test() -> list[Host]:

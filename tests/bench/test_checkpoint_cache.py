@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts import checkpoint_cache
@@ -44,10 +45,21 @@ def test_the_longest_unused_file_makes_way(folder: Path) -> None:
     assert names(folder) == {"b", "c", "d"}
 
 
-def test_files_that_were_just_asked_for_stay(folder: Path) -> None:
-    for name in "abcde":
-        checkpoint_cache.cached(name, write)
-    assert names(folder) == set("abcde")
+def test_files_that_another_process_just_asked_for_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = os.getpid(), os.getppid()
+    monkeypatch.setattr(os, "getpid", lambda: other)
+    ask("a", hour=0)
+    old = ask("b", hour=1)
+    monkeypatch.setattr(os, "getpid", lambda: own)
+    (asked,) = old.parent.glob(f"{old.name}.*")
+    os.utime(asked, (0, 0))
+    for hour, name in enumerate("cdef", start=2):
+        ask(name, hour=hour)
+    assert names(folder) == set("adef")
+    assert not asked.exists()
+    monkeypatch.setattr(psutil, "pid_exists", lambda process: process == own)
+    ask("g", hour=6)
+    assert names(folder) == set("efg")
 
 
 def test_asking_for_a_file_is_a_use(folder: Path) -> None:
