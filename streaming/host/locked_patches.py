@@ -24,10 +24,10 @@ class Locked(NamedTuple):
     slab: Slab
 
 
-def page_locked(values: Sequence[Any], device: Device, memory: HostMemory) -> Locked | None:
+def page_locked(values: Sequence[Any], device: Device, memory: HostMemory, most_bytes: float) -> Locked | None:
     """Copy the tensors in `values`, any nesting of tuples, lists and ComfyUI's adapters, into page-locked memory.
 
-    Gives None where there are none, or no more memory can be locked.
+    Gives None where there are none, they take more than `most_bytes`, or no more memory can be locked.
     """
     tensors: list[torch.Tensor] = []
 
@@ -38,7 +38,7 @@ def page_locked(values: Sequence[Any], device: Device, memory: HostMemory) -> Lo
     _replaced(values, note)
     codecs = [codec_for(tensor) for tensor in tensors]
     size_bytes = sum(align(codec.stored_bytes) for codec in codecs)
-    if not size_bytes:
+    if not 0 < size_bytes <= most_bytes:
         return None
     try:
         slab = Slab(device, memory, 0, size_bytes)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
-from comfy.weight_adapter import WeightAdapterBase
 
 from ..engine.device import Device
 from ..engine.loader import cut_of
@@ -49,24 +47,11 @@ def lock(patches: Sequence[RunTimePatch], device: Device) -> None:
     A merge's hold another model, for which there may be no room once more.
     """
     fresh = [patch for patch in patches if patch.slab is None]
-    size_bytes = sum(tensor.nbytes for patch in fresh for tensor in _tensors(patch.patches[patch.key]))
-    if size_bytes > max(LITTLE_BYTES, host_memory().room_for_copies()):
-        return
-    locked = page_locked([patch.patches[patch.key] for patch in fresh], device, host_memory())
+    most_bytes = max(LITTLE_BYTES, host_memory().room_for_copies())
+    locked = page_locked([patch.patches[patch.key] for patch in fresh], device, host_memory(), most_bytes)
     if locked is not None:
         for patch, values in zip(fresh, locked.values, strict=True):
             patch.patches[patch.key], patch.slab = values, locked.slab
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a value of `add_patches`."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, WeightAdapterBase):
-        yield from _tensors(value.weights)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
 
 
 class RunTimePatches(NamedTuple):

@@ -34,6 +34,14 @@ def give_ram(monkeypatch, size_bytes: int) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=full_bytes - memory.total_bytes))
 
 
+def locks_of(monkeypatch, streamed: StreamingModelPatcher) -> list[int]:
+    """A list that gets the size of each piece of memory as it is locked for the card of `streamed`."""
+    device, locked = type(streamed.stream.device), []
+    lock = device.page_lock
+    monkeypatch.setattr(device, "page_lock", lambda *args: (locked.append(args[1].nbytes), lock(*args))[1])
+    return locked
+
+
 def believe_times(monkeypatch, streamed: StreamingModelPatcher, share: float) -> None:
     """Have the card of `streamed` give times that plans are made by, and room for no more than a share of its model."""
     device = streamed.stream.device

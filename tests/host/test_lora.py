@@ -10,7 +10,7 @@ from layerstream.streaming.host.patcher import StreamingModelPatcher
 
 from loras import apply, assert_survives_a_retry, assert_survives_faults, make_lora
 from scripts.tiny_models import build_tiny_model
-from streamed import assert_same_weights, on_simulated_card, stream, weights_of
+from streamed import assert_same_weights, locks_of, on_simulated_card, stream, weights_of
 
 FAMILIES = ("flux", "zimage")
 
@@ -132,13 +132,12 @@ def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_no_memory(load
     streamed = stream(model, 0.2)
     sample(apply(streamed, lora, 1.0))
     assert streamed.stream.session.is_packed == is_packed
-    device, patcher = type(streamed.stream.device), StreamingModelPatcher
-    baked, locked = [], []
-    bake, lock = patcher.patch_weight_to_device, device.page_lock
+    patcher = StreamingModelPatcher
+    baked, locked = [], locks_of(monkeypatch, streamed)
+    bake = patcher.patch_weight_to_device
     monkeypatch.setattr(
         patcher, "patch_weight_to_device", lambda *args, **to: (baked.append(args[1]), bake(*args, **to))
     )
-    monkeypatch.setattr(device, "page_lock", lambda *args: (locked.append(args[1].nbytes), lock(*args))[1])
     for strength, result in zip((0.5, -0.5), expected, strict=True):
         changed = apply(streamed, lora, strength)
         for _ in range(2):

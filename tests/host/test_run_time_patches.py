@@ -18,7 +18,7 @@ from layerstream.streaming.host.streams import SPARE_RAM_BYTES
 from loras import apply, assert_survives_a_retry, assert_survives_faults, make_lora, on_low_memory
 from saving import assert_same, saved
 from scripts.tiny_models import build_tiny_model
-from streamed import on_simulated_card, stream
+from streamed import locks_of, on_simulated_card, stream
 
 
 @pytest.fixture
@@ -157,9 +157,7 @@ def test_their_tensors_lie_in_page_locked_memory_once(card, load, sample, monkey
     lora = make_lora(model, seed=1)
     streamed = at_run_time(model, 0.0)
     sample(streamed)
-    device, locked = type(streamed.stream.device), []
-    lock = device.page_lock
-    monkeypatch.setattr(device, "page_lock", lambda *args: (locked.append(args[1].nbytes), lock(*args))[1])
+    locked = locks_of(monkeypatch, streamed)
     patched = apply(streamed, lora, 1.0)
     for _ in range(2):
         sample(patched)
