@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from .packing import Layout, Packer
+from .packing import Decoder, Layout, Packer
 
 logger = logging.getLogger("layerstream")
 
@@ -59,10 +59,10 @@ class Device(Protocol):
         `compute` is the stream that is current, before and after.
         """
 
-    def restore(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream) -> None:
-        """Start restoring device bytes `packed` into device bytes `out` on `stream` and return at once.
+    def restorer(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> Decoder:
+        """What starts restoring device bytes `packed` into device bytes `out` on a stream and returns at once.
 
-        `compute` is the stream that is current, before and after. Only where there is a packer.
+        It may be called again and again while both lie where they are now. Only where there is a packer.
         """
 
     def note_read(self, memory: torch.Tensor, stream: Stream) -> None:
@@ -135,11 +135,9 @@ class CudaDevice:
         destination.copy_(source, non_blocking=True)
         torch.cuda.set_stream(compute)  # type: ignore[arg-type]
 
-    def restore(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor, stream: Stream, compute: Stream) -> None:
+    def restorer(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> Decoder:
         assert self.packer is not None
-        torch.cuda.set_stream(stream)  # type: ignore[arg-type]
-        self.packer.decode(packed, layout, out)
-        torch.cuda.set_stream(compute)  # type: ignore[arg-type]
+        return self.packer.decoder(packed, layout, out)
 
     def note_read(self, memory: torch.Tensor, stream: Stream) -> None:
         pass  # events order it; only a simulation checks that they do

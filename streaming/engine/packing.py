@@ -5,7 +5,8 @@ In: bit patterns of bf16 or fp16. Out: one run of bytes, and back. Slow: `packin
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -62,14 +63,18 @@ __all__ = [
 BATCH_CHUNKS = 256
 
 
+Decoder = Callable[[Any], object]
+"""Starts restoring on the stream it is called with."""
+
+
 class Packer(Protocol):
     """What packs and restores on one kind of device; all of them make the same bytes."""
 
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Pack `dtype` patterns `raw` (uint8, whole quads) into the beginning of `room` (uint8, `worst_bytes`)."""
 
-    def decode(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Restore into `out` (uint8, room for whole quads) on the stream that computes now."""
+    def decoder(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> Decoder:
+        """What restores `packed` into `out` (uint8, room for whole quads), again and again while both lie there."""
 
 
 class PlainPacker:
@@ -80,8 +85,8 @@ class PlainPacker:
         room[: packed.numel()].copy_(packed)
         return read_layout(packed)
 
-    def decode(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        out[: 2 * layout.elements].copy_(unpack(packed[: layout.stored_bytes]).view(torch.uint8))
+    def decoder(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> Decoder:
+        return lambda stream: out[: 2 * layout.elements].copy_(unpack(packed[: layout.stored_bytes]).view(torch.uint8))
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .packing import Decoder
 from .packing_bits import count_bits, flipped, fours, lane_counts, lane_moves, lane_reach, spread
 from .packing_encode import encode
 from .packing_format import COLUMNS, HEADER_BYTES, QUAD, Layout
@@ -188,8 +189,8 @@ class TritonPacker:
         """
         return encode(raw.view(torch.int16), room, dtype)
 
-    def decode(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Restore `packed` of `layout`, which was checked when it was made, into `out` on the current stream.
+    def decoder(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> Decoder:
+        """What restores `packed` of `layout`, which was checked when it was made, into `out` on a stream.
 
         Raises ValueError for memory too small, or not aligned to 16 bytes.
         """
@@ -199,8 +200,8 @@ class TritonPacker:
         if (packed.data_ptr() | out.data_ptr()) % 16:
             raise ValueError(f"memory at {packed.data_ptr():#x} and {out.data_ptr():#x}: both must begin at 16 bytes")
         if layout.chunks == 0:
-            return
+            return lambda stream: None
         numbers = layout.fractions, layout.planes, layout.runs
         arguments = (packed, *numbers, out, quads, layout.words, HEADER_BYTES, COLUMNS, layout.format.low_bits)
         key = (packed.device, layout.format.low_bits, *map(variant_of, numbers), variant_of(quads), layout.words >> 31)
-        self._decode(layout.chunks, arguments, key)
+        return self._decode.prepared(layout.chunks, arguments, key)

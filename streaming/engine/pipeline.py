@@ -102,7 +102,7 @@ class Pipeline:
     def begin_pass(self) -> None:
         """Fetch the first blocks; from now on blocks that run are served."""
         self._compute = self._device.compute_stream()
-        self._copying.compute = self._restoring.compute = self._compute
+        self._copying.compute = self._compute
         self._meter.begin_pass(self._compute)
         self._walk.begin()
         if self._meter.is_timing:
@@ -126,6 +126,7 @@ class Pipeline:
         elif self._walk.finish():
             self._copying.ring.arrange(self._walk.order)
             self._restoring.ring.arrange(self._walk.order)
+            self._restoring.forget_places()
             self._slots.clear()
             self._settle()
         self._meter.finish_pass(whole)
@@ -210,7 +211,7 @@ class Pipeline:
             self._device.copy(packed, stored, compute, compute)
         place = Place(index, self._device)
         place.memory = self._device.allocate(moving.raw_bytes)
-        self._device.restore(packed, moving.layout, place.memory, compute, compute)
+        self._device.restorer(packed, moving.layout, place.memory)(compute)
         place.ready.record(compute)
         return place
 
@@ -233,8 +234,8 @@ class Pipeline:
     def _refill(self) -> None:
         """Start what can be started: restoring leaves room for copies, and a copy on its way can be restored next."""
         self._restoring.refill()
-        self._copying.refill()
-        self._restoring.refill()
+        if self._copying.refill():
+            self._restoring.refill()
 
     def _slots_of(self, index: int, memory: torch.Tensor) -> list[Slot]:
         """The block's weights as tensors over `memory`; made once for its place, since making them costs time."""

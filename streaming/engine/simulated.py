@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from .packing import Layout, Packer
+from .packing import Decoder, Layout, Packer
 
 EAGERNESS = 0.15  # how likely a deferred stream is to run some of its work when it is given more
 
@@ -156,18 +156,15 @@ class SimulatedDevice:
         self.copied_bytes += destination.nbytes
         stream.append(lambda: destination.copy_(source))
 
-    def restore(
-        self,
-        packed: torch.Tensor,
-        layout: Layout,
-        out: torch.Tensor,
-        stream: SimulatedStream,
-        compute: SimulatedStream,
-    ) -> None:
-        packer = self.packer
-        assert packer is not None
-        self._overwrite(out, stream)
-        stream.append(lambda: packer.decode(packed, layout, out))
+    def restorer(self, packed: torch.Tensor, layout: Layout, out: torch.Tensor) -> Decoder:
+        assert self.packer is not None
+        decode = self.packer.decoder(packed, layout, out)
+
+        def restore(stream: SimulatedStream) -> None:
+            self._overwrite(out, stream)
+            stream.append(lambda: decode(stream))
+
+        return restore
 
     def _overwrite(self, memory: torch.Tensor, stream: SimulatedStream) -> None:
         """Prove that `stream` has waited for whatever reads `memory`, which it is about to overwrite."""

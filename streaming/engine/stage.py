@@ -13,13 +13,14 @@ import torch
 from .device import Device, Stream
 from .loader import MovingBlock
 from .meter import Meter
+from .packing import Decoder
 from .ring import Place, Ring
 from .staging import Staged, Staging
 from .walk import Walk
 
 
 class Stage:
-    """Fills `ring` with the blocks that run next. `compute` is the stream that is current while it does."""
+    """Fills `ring` with the blocks that run next."""
 
     def __init__(
         self,
@@ -32,16 +33,16 @@ class Stage:
     ) -> None:
         self.ring = ring
         self.stream = stream
-        self.compute = device.compute_stream()
         self._device = device
         self._moving = moving
         self._walk = walk
         self._meter = meter
 
-    def refill(self) -> None:
-        """Bring the blocks ahead, soonest first, until one's place is still needed by a sooner one."""
+    def refill(self) -> bool:
+        """Bring the blocks ahead, soonest first, until one's place is still needed by a sooner one; True if any was."""
+        has_begun = False
         if not self.ring.missing:
-            return
+            return has_begun
         soon: list[int] = []
         for index in self._walk.ahead():
             place = self.ring.places.get(index)
@@ -49,9 +50,11 @@ class Stage:
                 continue
             if not place.is_held:
                 if not self.ring.can_give(index, soon) or not self._can_bring(index):
-                    return
+                    break
                 self._start(index)
+                has_begun = True
             soon.append(index)
+        return has_begun
 
     def bring_now(self, index: int) -> bool:
         """Have the block in its place, though nobody foresaw it; False where one that is in use lies there."""
@@ -85,7 +88,7 @@ class Stage:
 
 class Copying(Stage):
     """Copies into the ring, from slabs or by way of `staging`. What is restored already, in `scratch`, is not copied
-    again before it runs.
+    again before it runs. `compute` is the stream that is current meanwhile.
     """
 
     def __init__(
@@ -99,13 +102,15 @@ class Copying(Stage):
         meter: Meter,
     ) -> None:
         super().__init__(device, moving, ring, device.copy_stream(), walk, meter)
+        self.compute = device.compute_stream()
         self._scratch = scratch
         self._staging = staging
 
-    def refill(self) -> None:
-        super().refill()
+    def refill(self) -> bool:
+        has_begun = super().refill()
         if self._staging is not None and self.ring.missing:
             self._staging.look_ahead(self._missing_staged(self._staging))
+        return has_begun
 
     def _missing_staged(self, staging: Staging) -> Iterator[int]:
         """The blocks ahead that come by way of `staging` and are to be copied."""
@@ -149,6 +154,11 @@ class Restoring(Stage):
     ) -> None:
         super().__init__(device, moving, scratch, device.restore_stream(), walk, meter)
         self._copied = copied
+        self._restorers: dict[int, Decoder] = {}
+
+    def forget_places(self) -> None:
+        """Take note that the places of both rings are about to lie elsewhere."""
+        self._restorers.clear()
 
     def _is_past(self, index: int) -> bool:
         return False
@@ -160,13 +170,16 @@ class Restoring(Stage):
         moving = self._moving[index]
         assert moving.layout is not None
         arrived = None if moving.source is None else self._copied.places[index]
-        packed = moving.kept() if arrived is None else arrived.memory
+        restore = self._restorers.get(index)
+        if restore is None:  # made once for the two places, since making it takes longer than calling it
+            packed = moving.kept() if arrived is None else arrived.memory
+            restore = self._restorers[index] = self._device.restorer(packed, moving.layout, place.memory)
         if arrived is not None:
             self.stream.wait_event(arrived.ready)
         timing = self._meter.restore(index, moving.raw_bytes)
         if timing is not None:
             timing.begun.record(self.stream)
-        self._device.restore(packed, moving.layout, place.memory, self.stream, self.compute)
+        restore(self.stream)
         if timing is not None:
             timing.ended.record(self.stream)
         if arrived is not None:

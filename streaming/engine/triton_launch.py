@@ -6,7 +6,10 @@ time in the midst of a model. So variants are kept here, and launched themselves
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 
 class Launcher:
@@ -16,7 +19,7 @@ class Launcher:
         self._kernel = kernel
         self._options = options
         self._variants: dict[tuple[object, ...], Any] = {}
-        self._can_launch_variants = True
+        self._can_launch_variants = self._can_launch_on = True
 
     def __call__(self, programs: int, arguments: tuple[object, ...], key: tuple[object, ...]) -> None:
         """Run `programs` of the kernel on the current device and stream.
@@ -27,6 +30,34 @@ class Launcher:
         variant = self._variants.get(key)
         if variant is None or not self._launch(variant, programs, arguments):
             self._variants[key] = self._kernel[(programs,)](*arguments, **self._options)
+
+    def prepared(
+        self, programs: int, arguments: tuple[object, ...], key: tuple[object, ...]
+    ) -> Callable[[torch.cuda.Stream], None]:
+        """What runs `programs` of the kernel on a stream, to be called again and again while the memory that
+        `arguments` name lies where it is now.
+
+        Which device a tensor is on and which stream is current are asked for once: that takes longer than the launch.
+        """
+        addresses = tuple(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments)
+
+        def launch(stream: torch.cuda.Stream) -> None:
+            variant = self._variants.get(key)
+            if variant is None or not self._launch_on(stream, variant, programs, addresses):
+                with torch.cuda.stream(stream):
+                    self(programs, arguments, key)
+
+        return launch
+
+    def _launch_on(self, stream: torch.cuda.Stream, variant: Any, programs: int, addresses: tuple[object, ...]) -> bool:
+        """Launch a compiled variant on `stream`, whichever is current; False where Triton wants other arguments."""
+        if self._can_launch_on:
+            about = stream.cuda_stream, variant.function, variant.packed_metadata
+            try:
+                variant.run(programs, 1, 1, *about, None, None, None, *addresses)
+            except TypeError:
+                self._can_launch_on = False
+        return self._can_launch_on
 
     def _launch(self, variant: Any, programs: int, arguments: tuple[object, ...]) -> bool:
         """Launch a compiled variant; False where this version of Triton wants other arguments."""

@@ -98,7 +98,7 @@ def test_packing_into_room_and_out_of_it_keeps_to_the_bytes_of_the_weight(dtype)
     assert layout == read_layout(room) and layout.dtype is dtype
     assert (room[layout.stored_bytes :] == 0xFF).all()
     out = torch.full((weight.nbytes + 64,), 0xFF, dtype=torch.uint8)
-    PlainPacker().decode(room, layout, out)
+    PlainPacker().decoder(room, layout, out)(None)
     assert torch.equal(out[: weight.nbytes], weight.view(torch.uint8))
     assert (out[weight.nbytes :] == 0xFF).all()
 

@@ -19,6 +19,7 @@ from layerstream.streaming.engine.packing_format import CHUNK
 from layerstream.streaming.engine.packing_triton import TritonPacker
 
 packer = TritonPacker()
+stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 torch.manual_seed(0)
 patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 """
@@ -35,7 +36,7 @@ def compare(name, weight):
     assert layout == read_layout(plain), name
     assert torch.equal(room[: layout.stored_bytes], plain), name
     out = torch.full((raw.numel() + 64,), 0xFF, dtype=torch.uint8, device=device)
-    packer.decode(plain, layout, out)
+    packer.decoder(plain, layout, out)(stream)
     assert torch.equal(out[: raw.numel()], raw), name
     assert (out[raw.numel() :] == 0xFF).all(), f"{name}: written beyond the end"
 
@@ -102,7 +103,7 @@ for dtype in PACKABLE:
                     broken.random_(0, 256)
                 else:
                     broken.fill_(0xFF if damage == "ones" else 0)
-                packer.decode(packed, layout, out)
+                packer.decoder(packed, layout, out)(stream)
 print("nothing beyond")
 """
 
