@@ -35,6 +35,10 @@ CASES = {
     "text_on_cpu": Case(None, is_text_on_cpu=True),
     "layer_streaming": Case("layer_streaming"),
     "auto": Case("auto"),
+    # The same on top of what newer versions do by themselves.
+    "cond_only_dynamic": Case("cond_only", is_dynamic=True),
+    "layer_streaming_dynamic": Case("layer_streaming", is_dynamic=True),
+    "auto_dynamic": Case("auto", is_dynamic=True),
 }
 
 

@@ -53,7 +53,7 @@ def main() -> None:
             for name in names:
                 if not CASES[name].on_whole_card:
                     rows.append(run_case(name, free_gib, spec, folder, arguments.timeout_s))
-                    print(f"{name} at {free_gib:g} GiB: {rows[-1]['result']}", flush=True)
+                    print(format_row(rows[-1]), flush=True)  # a run that is stopped has said what it found
     print("\n" + format_table(rows))
     print(json.dumps({"machine": machine, "rows": [{k: v for k, v in row.items() if k != "error"} for row in rows]}))
 
@@ -107,22 +107,24 @@ def _compare(image: Path, reference: Path) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """One line a case; seconds, GiB, and GiB a second for the text encoder's way back."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        stages, moves = row.get("stages_s", {}), [move for move in row.get("moves", {}).values() if move]
-        text = (row.get("moves") or {}).get("clip")
-        cells = [
-            row["name"],
-            f"{row['free_gib']:g}" if row["free_gib"] is not None else "all",
-            row["result"],
-            *(_number(value) for value in (row.get("prompt_s"), row.get("first_prompt_s"))),
-            *(_number(stages.get(stage)) for stage in ("text", "sampling", "decode")),
-            _number(row.get("peak_gib")),
-            _number(sum(move["returned_gib"] for move in moves) if moves else None),
-            _number(text["return_gib_s"] if text and text["returns"] else None),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *map(format_row, rows)])
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """A case's line of the table."""
+    stages, moves = row.get("stages_s", {}), [move for move in row.get("moves", {}).values() if move]
+    text = (row.get("moves") or {}).get("clip")
+    cells = [
+        row["name"],
+        f"{row['free_gib']:g}" if row["free_gib"] is not None else "all",
+        row["result"],
+        *(_number(value) for value in (row.get("prompt_s"), row.get("first_prompt_s"))),
+        *(_number(stages.get(stage)) for stage in ("text", "sampling", "decode")),
+        _number(row.get("peak_gib")),
+        _number(sum(move["returned_gib"] for move in moves) if moves else None),
+        _number(text["return_gib_s"] if text and text["returns"] else None),
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _number(value: float | None) -> str:

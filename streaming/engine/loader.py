@@ -261,7 +261,8 @@ class BlockLoader:
             slab = self._raw_slab(index, block, cut, mark, changed)
         memory = self._device.allocate(size_bytes)
         if slab is not None:
-            memory.copy_(slab.stored)  # at the link's full speed, unlike homes in pages of a file
+            # At the link's full speed, unlike homes in pages of a file, while the next block is made ready for its own.
+            memory.copy_(slab.stored, non_blocking=True)
             for weight, tensor in block.views(memory, cut, len(block.weights), base):
                 weight.put(tensor)
         else:

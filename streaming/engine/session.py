@@ -263,6 +263,7 @@ class Session:
             if is_outside_stale:
                 self._loader.keep_outside(self.parts.outside, marks.outside, changed)
             self._load_blocks(plan, stale, marks, changed, progress)
+            self.device.compute_stream().synchronize()  # slabs may be written again from now on
         except BaseException:
             self.unload()
             raise
