@@ -134,6 +134,10 @@ class Block:
         """Byte at which the weights from index `cut` on begin; the end of the block when none is left."""
         return self.weights[cut].offset if cut < len(self.weights) else self.weight_bytes()
 
+    def bytes_from(self, cut: int) -> int:
+        """Bytes of the weights from index `cut` on, alignment included."""
+        return self.weight_bytes() - self.offset_of(cut)
+
     def views(self, stored: torch.Tensor, first: int, last: int, base: int) -> list[tuple[Weight, torch.Tensor]]:
         """Decode weights `first`..`last` - 1 from `stored`, whose byte 0 is byte `base` of the block."""
         decoded = []

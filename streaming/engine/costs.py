@@ -45,8 +45,8 @@ class CostSheet:
 
     def _cost(self, index: int, times: BlockTimes | None, may_pack: bool) -> BlockCost:
         block = self._blocks[index]
-        fixed = block.offset_of(cut_of(block))
-        moving = block.weight_bytes() - fixed
+        cut = cut_of(block)
+        fixed, moving = block.offset_of(cut), block.bytes_from(cut)
         packed: int | None = None
         dtype = packable_dtype(block)
         if may_pack and dtype is not None and self._device.packer is not None:

@@ -120,7 +120,7 @@ class BlockLoader:
         if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
             return self._placed(block, cut, slab, slab.layout, mark)
         packed = self._pack(index, block, cut, mark, changed)
-        slab_bytes = block.weight_bytes() - block.offset_of(cut) if packed is None else packed[1].stored_bytes
+        slab_bytes = block.bytes_from(cut) if packed is None else packed[1].stored_bytes
         if form.is_streamed and mark is None and not self._has_room(index, block, slab_bytes):
             self.in_file.add(index)
             return self._leave_in_file(index, block, cut)
@@ -155,9 +155,8 @@ class BlockLoader:
             own = as_parameter(weight.home) if not weight.sites[0].is_buffer else weight.home.detach()
             setattr(own, KEPT, kept)
             weight.put(own)
-        raw_bytes = block.weight_bytes() - block.offset_of(cut)
         source = None if slab is None else _source_of(slab)
-        return MovingBlock(block, cut, raw_bytes, source, layout, differs=mark is not None)
+        return MovingBlock(block, cut, block.bytes_from(cut), source, layout, differs=mark is not None)
 
     # -- raw -----------------------------------------------------------------------------------------------------
 
@@ -207,8 +206,7 @@ class BlockLoader:
         self.store.drop(index)
         for weight in block.weights[cut:]:
             weight.put(weight.home)
-        base = block.offset_of(cut)
-        size_bytes = block.weight_bytes() - base
+        base, size_bytes = block.offset_of(cut), block.bytes_from(cut)
 
         def read_into(stored: torch.Tensor) -> None:
             for weight in block.weights[cut:]:
@@ -234,7 +232,7 @@ class BlockLoader:
         if slab is None or slab.layout is not None or self._marks[index] is None:
             # The old slab's pages outlive it for as long as home tensors lie in them.
             self.store.drop(index)
-            slab = self.store.build(index, base, block.weight_bytes() - base)
+            slab = self.store.build(index, base, block.bytes_from(cut))
         self._marks[index] = PARTLY_WRITTEN
         for weight in block.weights[cut:]:
             self._store(weight, changed(weight), slab.stored[weight.offset - base :])
@@ -254,8 +252,7 @@ class BlockLoader:
         Only the module holds them, so that whoever puts other tensors in their place frees the memory.
         """
         slab = self._valid_slab(index, mark)
-        base = block.offset_of(cut)
-        size_bytes = block.weight_bytes() - base
+        base, size_bytes = block.offset_of(cut), block.bytes_from(cut)
         is_shelved = self.is_shelving and size_bytes > 0 and (slab is not None or self._may_shelve(block, size_bytes))
         if is_shelved:
             slab = self._raw_slab(index, block, cut, mark, changed)
@@ -334,8 +331,7 @@ class BlockLoader:
         """Pack the moving weights on the device; give the bytes, in memory of the next call; None if it is no gain."""
         packer, dtype = self._device.packer, packable_dtype(block)
         assert packer is not None and dtype is not None
-        base = block.offset_of(cut)
-        size = block.weight_bytes() - base
+        base, size = block.offset_of(cut), block.bytes_from(cut)
         if self.packed_bytes.get(index) == size:
             return None
         raw, room = self._workspace(size, dtype)

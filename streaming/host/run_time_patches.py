@@ -120,7 +120,7 @@ def _baked_bytes(patcher: StreamingModelPatcher, keys: set[str]) -> tuple[int, i
     stream, fresh_bytes, mapped_bytes = patcher.stream, 0, 0
     for block in stream.session.parts.blocks:
         if any(stream.key(name) in keys for weight in block.weights for name in weight.keys):
-            size_bytes = block.weight_bytes() - block.offset_of(cut_of(block))
+            size_bytes = block.bytes_from(cut_of(block))
             if all(is_mapped(weight.home) for weight in block.weights):
                 mapped_bytes += size_bytes
             else:
