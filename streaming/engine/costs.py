@@ -11,8 +11,8 @@ from collections.abc import Container, Mapping, Sequence
 from .block import ModelBlocks
 from .device import Device
 from .forecast import BlockCost, Rates
-from .loader import cut_of, packable_dtype
 from .meter import BlockTimes, Meter
+from .moving import cut_of, packable_dtype
 from .packing import expected_share
 
 

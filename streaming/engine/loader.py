@@ -7,17 +7,16 @@ module. Slabs are kept and used again as long as they hold what is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from .block import Block, Weight, as_parameter
-from .codec import RawCodec, codec_for
+from .codec import codec_for
 from .device import Device
 from .forecast import Form
 from .mapped import FileSlice
-from .packing import PACKABLE, Layout, worst_bytes
-from .plan import TINY_BYTES
+from .moving import KEPT, MovingBlock, cut_of, packable_dtype
+from .packing import Layout, worst_bytes
 from .staging import Staged, choose_left
 from .store import HostMemory, HostStore, Slab, packed_slab_bytes
 
@@ -35,44 +34,6 @@ OUTSIDE = -1
 
 # The mark of a slab that is being written, which may fail midway.
 PARTLY_WRITTEN = object()
-
-# Where a host tensor carries the packed bytes that stand for its block on the device.
-KEPT = "_layerstream_kept"
-
-
-def cut_of(block: Block) -> int:
-    """Index of the first weight of `block` that may move; the tiny ones before it always stay on the device."""
-    small = (weight.codec.stored_bytes < TINY_BYTES for weight in block.weights)
-    return sum(small)
-
-
-def packable_dtype(block: Block) -> torch.dtype | None:
-    """The dtype in which the moving weights of `block` can be packed; None when they cannot."""
-    codecs = [weight.codec for weight in block.weights[cut_of(block) :]]
-    dtypes = {codec.dtype if isinstance(codec, RawCodec) else None for codec in codecs}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return dtype if dtype in PACKABLE else None
-
-
-@dataclass(frozen=True)
-class MovingBlock:
-    """A block whose weights from `cut` on are brought or restored each time it runs.
-
-    `source` is what crosses the link, packed if there is a `layout`, or whence that is brought to where it can; None
-    for a block that is kept packed on the device. `raw_bytes` is what it is when it runs. A packed block that holds
-    changed weights `differs` from the home tensors that stand in its module while it does not run.
-    """
-
-    block: Block
-    cut: int
-    raw_bytes: int
-    source: torch.Tensor | Staged | None
-    layout: Layout | None
-    differs: bool = False
-
-    def kept(self) -> torch.Tensor:
-        """The packed bytes on the device. Only the module's own tensor holds them: whoever replaces it frees them."""
-        return getattr(self.block.weights[self.cut].current(), KEPT)
 
 
 class BlockLoader:

@@ -19,8 +19,8 @@ import torch
 
 from .block import Block, Slot, slots_for
 from .device import Device
-from .loader import MovingBlock
 from .meter import Meter, Visit
+from .moving import MovingBlock
 from .ring import Place, Ring
 from .stage import Copying, Restoring, Stage
 from .staging import Staged, Staging

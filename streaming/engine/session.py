@@ -23,8 +23,9 @@ from .codec import align
 from .costs import CostSheet
 from .device import Device
 from .forecast import Forecast, forecast
-from .loader import BlockLoader, Changed, FileOf, MovingBlock, cut_of
+from .loader import BlockLoader, Changed, FileOf
 from .meter import Meter, PassTimes
+from .moving import MovingBlock, cut_of
 from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan
 from .planner import make_plan

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from .device import Device, Stream
-from .loader import MovingBlock
 from .meter import Meter
+from .moving import MovingBlock
 from .packing import Decoder
 from .ring import Place, Ring
 from .staging import Staged, Staging

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engine.block import Block, Weight
-from ..engine.loader import cut_of
+from ..engine.moving import cut_of
 from .casting import FLAG
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from comfy.model_patcher import LowVramPatch, get_key_weight
 
 from ..engine.device import Device
-from ..engine.loader import cut_of
+from ..engine.moving import cut_of
 from ..engine.store import Slab
 from .budget import host_memory, within
 from .casting import FLAG

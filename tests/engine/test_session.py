@@ -12,7 +12,7 @@ import itertools
 import pytest
 import torch
 from layerstream.streaming.engine.block import take_apart
-from layerstream.streaming.engine.loader import cut_of
+from layerstream.streaming.engine.moving import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks
 from layerstream.streaming.engine.simulated import SimulatedDevice

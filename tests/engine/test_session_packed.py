@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from layerstream.streaming.engine.forecast import Form
-from layerstream.streaming.engine.loader import cut_of
+from layerstream.streaming.engine.moving import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks
 from layerstream.streaming.engine.simulated import SimulatedDevice

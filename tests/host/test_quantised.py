@@ -10,7 +10,7 @@ import comfy.model_management
 import pytest
 import torch
 from layerstream.streaming.engine.codec import align
-from layerstream.streaming.engine.loader import cut_of
+from layerstream.streaming.engine.moving import cut_of
 
 from conftest import HOST
 from loras import apply, make_lora

@@ -15,7 +15,7 @@ import comfy.utils
 import pytest
 import torch
 from layerstream.nodes.layer_stream_clip import LayerStreamClip
-from layerstream.streaming.engine.loader import cut_of
+from layerstream.streaming.engine.moving import cut_of
 
 from conftest import HOST
 from quantised import KINDS, is_in, layers_of, parts_of

@@ -1,0 +1,55 @@
+"""What of a block moves: its weights from a cut on, where their bytes are while it does not run.
+
+In: blocks. Out: where they are cut, and a `MovingBlock` of each that streams or is restored, which the loader makes and
+the pipeline brings. Nothing here moves a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .block import Block
+from .codec import RawCodec
+from .packing import PACKABLE, Layout
+from .plan import TINY_BYTES
+from .staging import Staged
+
+# Where a host tensor carries the packed bytes that stand for its block on the device.
+KEPT = "_layerstream_kept"
+
+
+def cut_of(block: Block) -> int:
+    """Index of the first weight of `block` that may move; the tiny ones before it always stay on the device."""
+    small = (weight.codec.stored_bytes < TINY_BYTES for weight in block.weights)
+    return sum(small)
+
+
+def packable_dtype(block: Block) -> torch.dtype | None:
+    """The dtype in which the moving weights of `block` can be packed; None when they cannot."""
+    codecs = [weight.codec for weight in block.weights[cut_of(block) :]]
+    dtypes = {codec.dtype if isinstance(codec, RawCodec) else None for codec in codecs}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return dtype if dtype in PACKABLE else None
+
+
+@dataclass(frozen=True)
+class MovingBlock:
+    """A block whose weights from `cut` on are brought or restored each time it runs.
+
+    `source` is what crosses the link, packed if there is a `layout`, or whence that is brought to where it can; None
+    for a block that is kept packed on the device. `raw_bytes` is what it is when it runs. A packed block that holds
+    changed weights `differs` from the home tensors that stand in its module while it does not run.
+    """
+
+    block: Block
+    cut: int
+    raw_bytes: int
+    source: torch.Tensor | Staged | None
+    layout: Layout | None
+    differs: bool = False
+
+    def kept(self) -> torch.Tensor:
+        """The packed bytes on the device. Only the module's own tensor holds them: whoever replaces it frees them."""
+        return getattr(self.block.weights[self.cut].current(), KEPT)
