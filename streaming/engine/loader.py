@@ -15,7 +15,7 @@ from .codec import codec_for
 from .device import Device
 from .forecast import Form
 from .mapped import FileSlice
-from .moving import KEPT, MovingBlock, cut_of, packable_dtype
+from .moving import KEPT, MovingBlock, cut_of, is_block_mapped, packable_dtype
 from .packing import Layout, worst_bytes
 from .staging import Staged, choose_left
 from .store import HostMemory, HostStore, Slab, packed_slab_bytes
@@ -138,7 +138,7 @@ class BlockLoader:
         Only of the `unchanged` ones: their weights can be read again at any time, where they are mapped. Slabs of such
         ones that need none are dropped at once where there is no room for them beside the new ones.
         """
-        mapped = {index for index, block in unchanged.items() if self._is_mapped(block)}
+        mapped = {index for index, block in unchanged.items() if is_block_mapped(block, self._keep_home)}
         readable = {index: size_bytes for index, size_bytes in sizes.items() if index in mapped}
         others_bytes = sum(sizes.values()) - sum(readable.values())
         if self.is_shelving:
@@ -158,10 +158,7 @@ class BlockLoader:
         """Whether a slab of `size_bytes` may take the place of the one of block `index`; where it must, it may."""
         old = self.store.get(index)
         most_bytes = self.store.host_memory.room_for_copies() + (old.size_bytes if old is not None else 0)
-        return packed_slab_bytes(size_bytes) <= most_bytes or not self._is_mapped(block)
-
-    def _is_mapped(self, block: Block) -> bool:
-        return all(self._keep_home(weight.home) for weight in block.weights[cut_of(block) :])
+        return packed_slab_bytes(size_bytes) <= most_bytes or not is_block_mapped(block, self._keep_home)
 
     def _leave_in_file(self, index: int, block: Block, cut: int) -> MovingBlock:
         self.store.drop(index)
@@ -233,7 +230,7 @@ class BlockLoader:
 
     def _may_shelve(self, block: Block, size_bytes: int) -> bool:
         """Whether host memory has room for a copy of `block` beside what streams."""
-        if not self._is_mapped(block):
+        if not is_block_mapped(block, self._keep_home):
             return self.store.has_room(size_bytes)
         return not self.in_file and self.store.host_memory.room_for_copies() >= size_bytes
 

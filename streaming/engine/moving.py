@@ -6,6 +6,7 @@ the pipeline brings. Nothing here moves a byte.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,13 @@ def packable_dtype(block: Block) -> torch.dtype | None:
     dtypes = {codec.dtype if isinstance(codec, RawCodec) else None for codec in codecs}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     return dtype if dtype in PACKABLE else None
+
+
+def is_block_mapped(block: Block, is_mapped: Callable[[torch.Tensor], bool]) -> bool:
+    """Whether what moves of `block` is all mapped from its file, so that a slab of it is a copy of what can be read
+    again. What stays on the device has no slab, and where it comes from makes no difference.
+    """
+    return all(is_mapped(weight.home) for weight in block.weights[cut_of(block) :])
 
 
 @dataclass(frozen=True)

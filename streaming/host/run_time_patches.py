@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from comfy.model_patcher import LowVramPatch, get_key_weight
 
 from ..engine.device import Device
-from ..engine.moving import cut_of
+from ..engine.moving import cut_of, is_block_mapped
 from ..engine.store import Slab
 from .budget import host_memory, within
 from .casting import FLAG
@@ -121,7 +121,7 @@ def _baked_bytes(patcher: StreamingModelPatcher, keys: set[str]) -> tuple[int, i
     for block in stream.session.parts.blocks:
         if any(stream.key(name) in keys for weight in block.weights for name in weight.keys):
             size_bytes = block.bytes_from(cut_of(block))
-            if all(is_mapped(weight.home) for weight in block.weights):
+            if is_block_mapped(block, is_mapped):
                 mapped_bytes += size_bytes
             else:
                 fresh_bytes += size_bytes

@@ -6,10 +6,11 @@ import random
 from dataclasses import replace
 
 import comfy.model_management
+import psutil
 import pytest
 import torch
 from layerstream.streaming.engine import staging
-from layerstream.streaming.engine.plan import GIB, Packing
+from layerstream.streaming.engine.plan import GIB, TINY_BYTES, Packing
 from layerstream.streaming.engine.store import HostStore
 from layerstream.streaming.host.budget import Budget, host_memory
 from layerstream.streaming.host.gguf_loading import load_diffusion_model
@@ -188,6 +189,21 @@ class TestSafetensors:
             give_ram(monkeypatch, int(room * mapped_model.model_size()) - streamed.stream.session.host_bytes)
             assert torch.equal(sample(apply(streamed, lora, 0.8)), ways[way])
             assert (streamed.stream.session.in_file_bytes > 0) == (way is Patching.RUN_TIME)
+
+    def test_loras_are_baked_though_what_stays_on_the_card_is_not_mapped(
+        self, monkeypatch, streamed, mapped_model, sample
+    ):
+        lora = make_lora(mapped_model, seed=1)
+        baked = sample(apply(mapped_model, lora, 0.8))
+        tiny = [weight for weight in mapped_model.model.diffusion_model.parameters() if weight.nbytes < TINY_BYTES]
+        for weight in tiny:
+            weight.data = weight.data.clone()
+        real = psutil.virtual_memory()
+        # There is less free than what is not mapped would have to leave.
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(total=16 * GIB))
+        give_ram(monkeypatch, 2 * mapped_model.model_size())
+        assert torch.equal(sample(apply(streamed, lora, 0.8)), baked)
+        assert tiny and streamed.stream.session.changed_bytes > 0
 
     def test_scheduled_loras_have_slabs(self, monkeypatch, streamed, mapped_model):
         import comfy.hooks
