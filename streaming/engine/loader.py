@@ -6,7 +6,7 @@ module. Slabs are kept and used again as long as they hold what is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -14,11 +14,12 @@ from .block import Block, Weight, as_parameter
 from .codec import codec_for
 from .device import Device
 from .forecast import Form
+from .host_room import HostRoom
 from .mapped import FileSlice
-from .moving import KEPT, MovingBlock, cut_of, is_block_mapped, packable_dtype
+from .moving import KEPT, MovingBlock, cut_of, packable_dtype
 from .packing import Layout, worst_bytes
-from .staging import Staged, choose_left
-from .store import HostMemory, HostStore, Slab, packed_slab_bytes
+from .staging import Staged
+from .store import HostMemory, HostStore, Slab
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
@@ -47,10 +48,7 @@ class BlockLoader:
         host_memory: HostMemory,
     ) -> None:
         self.store = HostStore(device, host_memory)
-        self.is_shelving = False
-        """Whether what stays on the device keeps a page-locked copy on the host, to leave and return at link speed."""
-        self.in_file: set[int] = set()
-        """The blocks that get no slab: they are read from their file whenever they run."""
+        self.host_room = HostRoom(self.store, keep_home)
         self.packed_bytes: dict[int, int] = {}
         """What blocks packed to, by index; as many bytes as they have where packing them does not pay."""
         self._device = device
@@ -73,7 +71,7 @@ class BlockLoader:
         is room for in its file.
         """
         cut = cut_of(block)
-        if index in self.in_file:
+        if index in self.host_room.in_file:
             return self._leave_in_file(index, block, cut)
         if not form.is_packed:
             return self._place_raw(index, block, cut, form, mark, changed)
@@ -82,8 +80,8 @@ class BlockLoader:
             return self._placed(block, cut, slab, slab.layout, mark)
         packed = self._pack(index, block, cut, mark, changed)
         slab_bytes = block.bytes_from(cut) if packed is None else packed[1].stored_bytes
-        if form.is_streamed and mark is None and not self._has_room(index, block, slab_bytes):
-            self.in_file.add(index)
+        if form.is_streamed and mark is None and not self.host_room.may_replace(index, block, slab_bytes):
+            self.host_room.in_file.add(index)
             return self._leave_in_file(index, block, cut)
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
@@ -131,34 +129,6 @@ class BlockLoader:
         for weight, tensor in self._adopt(slab, block, cut, mark):
             weight.put(tensor)
         return MovingBlock(block, cut, slab.stored.nbytes, _source_of(slab), None)
-
-    def choose_in_file(self, sizes: Mapping[int, int], unchanged: Mapping[int, Block]) -> set[int]:
-        """Which of the blocks whose slabs would have `sizes`, in the order they run, get none for want of host memory.
-
-        Only of the `unchanged` ones: their weights can be read again at any time, where they are mapped. Slabs of such
-        ones that need none are dropped at once where there is no room for them beside the new ones.
-        """
-        mapped = {index for index, block in unchanged.items() if is_block_mapped(block, self._keep_home)}
-        readable = {index: size_bytes for index, size_bytes in sizes.items() if index in mapped}
-        others_bytes = sum(sizes.values()) - sum(readable.values())
-        if self.is_shelving:
-            others_bytes += self.store.bytes_beside(mapped | sizes.keys())
-        room_bytes = self.store.host_memory.room_for_copies() + self.store.host_bytes - others_bytes
-        in_file = choose_left(readable, room_bytes, self.in_file)
-        spare_bytes = 0 if in_file else room_bytes - sum(readable.values())
-        for index in in_file | (mapped - sizes.keys()):
-            slab = self.store.get(index)
-            if slab is not None:
-                spare_bytes -= slab.size_bytes
-                if spare_bytes < 0:
-                    self.store.drop(index)
-        return in_file
-
-    def _has_room(self, index: int, block: Block, size_bytes: int) -> bool:
-        """Whether a slab of `size_bytes` may take the place of the one of block `index`; where it must, it may."""
-        old = self.store.get(index)
-        most_bytes = self.store.host_memory.room_for_copies() + (old.size_bytes if old is not None else 0)
-        return packed_slab_bytes(size_bytes) <= most_bytes or not is_block_mapped(block, self._keep_home)
 
     def _leave_in_file(self, index: int, block: Block, cut: int) -> MovingBlock:
         self.store.drop(index)
@@ -211,7 +181,9 @@ class BlockLoader:
         """
         slab = self._valid_slab(index, mark)
         base, size_bytes = block.offset_of(cut), block.bytes_from(cut)
-        is_shelved = self.is_shelving and size_bytes > 0 and (slab is not None or self._may_shelve(block, size_bytes))
+        is_shelved = self.host_room.is_shelving and size_bytes > 0
+        if is_shelved and slab is None:
+            is_shelved = self.host_room.may_shelve(block, size_bytes)
         if is_shelved:
             slab = self._raw_slab(index, block, cut, mark, changed)
         memory = self._device.allocate(size_bytes)
@@ -228,15 +200,9 @@ class BlockLoader:
         else:
             self.store.drop(index)
 
-    def _may_shelve(self, block: Block, size_bytes: int) -> bool:
-        """Whether host memory has room for a copy of `block` beside what streams."""
-        if not is_block_mapped(block, self._keep_home):
-            return self.store.has_room(size_bytes)
-        return not self.in_file and self.store.host_memory.room_for_copies() >= size_bytes
-
     def keep_outside(self, block: Block, mark: Hashable, changed: Changed) -> None:
         """Put what lies outside the blocks on the device for good; without a copy if changed: it may have grown."""
-        if self.is_shelving and mark is None:
+        if self.host_room.is_shelving and mark is None:
             self._keep(OUTSIDE, block, 0, mark, changed)
         else:
             self.keep_first(block, len(block.weights), changed)

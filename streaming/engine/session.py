@@ -213,7 +213,7 @@ class Session:
 
     def shelve(self) -> None:
         """From the next load on, keep page-locked copies of residents too, so that they come back at link speed."""
-        self._loader.is_shelving = True
+        self._loader.host_room.is_shelving = True
 
     def load(
         self,
@@ -238,11 +238,11 @@ class Session:
         self.end_run()
         previous, old, evicted = self.plan, self._marks, set(self._evicted)
         self.plan = self._marks = None
-        was_in_file, in_file = self._loader.in_file, set[int]()
+        was_in_file, in_file = self._loader.host_room.in_file, set[int]()
         if not all_in_slabs:
             unchanged = {index: block for index, block in enumerate(self.parts.blocks) if marks.blocks[index] is None}
-            in_file = self._loader.choose_in_file(self._slab_sizes(plan), unchanged)
-        self._loader.in_file = in_file
+            in_file = self._loader.host_room.choose_in_file(self._slab_sizes(plan), unchanged)
+        self._loader.host_room.in_file = in_file
         try:
             stale = [
                 index
