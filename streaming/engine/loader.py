@@ -11,13 +11,14 @@ from collections.abc import Callable, Hashable
 import torch
 
 from .block import Block, Weight, as_parameter
+from .block_packer import BlockPacker
 from .codec import codec_for
 from .device import Device
 from .forecast import Form
 from .host_room import HostRoom
 from .mapped import FileSlice
-from .moving import KEPT, MovingBlock, cut_of, packable_dtype
-from .packing import Layout, worst_bytes
+from .moving import KEPT, MovingBlock, cut_of
+from .packing import Layout
 from .staging import Staged
 from .store import HostMemory, HostStore, Slab
 
@@ -26,9 +27,6 @@ Changed = Callable[[Weight], torch.Tensor | None]
 
 # Where a tensor's bytes lie in a file; None for one that is not mapped from there.
 FileOf = Callable[[torch.Tensor], FileSlice | None]
-
-# A packed block larger than this share of its raw bytes is left as it is: restoring it would cost more than it saves.
-WORTH_PACKING = 0.93
 
 # Index of what lies outside the blocks, among the slabs.
 OUTSIDE = -1
@@ -49,14 +47,11 @@ class BlockLoader:
     ) -> None:
         self.store = HostStore(device, host_memory)
         self.host_room = HostRoom(self.store, keep_home)
-        self.packed_bytes: dict[int, int] = {}
-        """What blocks packed to, by index; as many bytes as they have where packing them does not pay."""
+        self.packer = BlockPacker(device)
         self._device = device
         self._keep_home = keep_home
         self._file_of = file_of
         self._marks: dict[int, Hashable] = {}
-        self._raw: torch.Tensor | None = None
-        self._room: torch.Tensor | None = None
 
     @property
     def changed_bytes(self) -> int:
@@ -78,23 +73,23 @@ class BlockLoader:
         slab = self.store.get(index)
         if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
             return self._placed(block, cut, slab, slab.layout, mark)
-        packed = self._pack(index, block, cut, mark, changed)
+        packed = self.packer.pack(index, block, lambda raw: self._write_raw(raw, index, block, cut, mark, changed))
         slab_bytes = block.bytes_from(cut) if packed is None else packed[1].stored_bytes
         if form.is_streamed and mark is None and not self.host_room.may_replace(index, block, slab_bytes):
             self.host_room.in_file.add(index)
             return self._leave_in_file(index, block, cut)
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
-        room, layout = packed
+        stored, layout = packed
         if form.is_streamed:
             slab = self.store.build_packed(index, block.offset_of(cut), layout)
             self._marks[index] = PARTLY_WRITTEN
-            slab.stored.copy_(room)
+            slab.stored.copy_(stored)
             self._marks[index] = mark
             return self._placed(block, cut, slab, layout, mark)
         self.store.drop(index)
         kept = self._device.allocate(layout.stored_bytes)
-        kept.copy_(room)
+        kept.copy_(stored)
         return self._placed(block, cut, None, layout, mark, kept)
 
     def _placed(
@@ -116,8 +111,6 @@ class BlockLoader:
             weight.put(own)
         source = None if slab is None else _source_of(slab)
         return MovingBlock(block, cut, block.bytes_from(cut), source, layout, differs=mark is not None)
-
-    # -- raw -----------------------------------------------------------------------------------------------------
 
     def _place_raw(
         self, index: int, block: Block, cut: int, form: Form, mark: Hashable, changed: Changed
@@ -167,6 +160,19 @@ class BlockLoader:
             weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
         self._marks[index] = mark
         return slab
+
+    def _write_raw(
+        self, raw: torch.Tensor, index: int, block: Block, cut: int, mark: Hashable, changed: Changed
+    ) -> None:
+        """Fill device memory with a block's bytes to be packed."""
+        slab = self._valid_slab(index, mark)
+        if slab is not None:
+            raw.copy_(slab.stored)
+            return
+        raw.zero_()  # the gaps between weights are packed too
+        for weight in block.weights[cut:]:
+            self._store(weight, changed(weight), raw[weight.offset - block.offset_of(cut) :])
+            weight.put(weight.home)
 
     def _valid_slab(self, index: int, mark: Hashable) -> Slab | None:
         """The raw slab of block `index`, if there is one with what `mark` says."""
@@ -247,45 +253,9 @@ class BlockLoader:
         if file is not None:
             file.release()
 
-    # -- packed --------------------------------------------------------------------------------------------------
-
-    def _pack(
-        self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed
-    ) -> tuple[torch.Tensor, Layout] | None:
-        """Pack the moving weights on the device; give the bytes, in memory of the next call; None if it is no gain."""
-        packer, dtype = self._device.packer, packable_dtype(block)
-        assert packer is not None and dtype is not None
-        base, size = block.offset_of(cut), block.bytes_from(cut)
-        if self.packed_bytes.get(index) == size:
-            return None
-        raw, room = self._workspace(size, dtype)
-        slab = self._valid_slab(index, mark)
-        if slab is not None:
-            raw.copy_(slab.stored)
-        else:
-            raw.zero_()  # the gaps between weights are packed too
-            for weight in block.weights[cut:]:
-                self._store(weight, changed(weight), raw[weight.offset - base :])
-                weight.put(weight.home)
-        layout = packer.encode(raw, room, dtype)
-        is_gain = layout.stored_bytes <= WORTH_PACKING * size
-        self.packed_bytes[index] = layout.stored_bytes if is_gain else size
-        return (room[: layout.stored_bytes], layout) if is_gain else None
-
-    def _workspace(self, size_bytes: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Device memory for packing, one piece for all blocks of a load, so that it leaves no holes among residents."""
-        room_bytes = worst_bytes(size_bytes // dtype.itemsize, dtype)
-        if self._raw is None or self._raw.numel() < size_bytes:
-            self._raw = None
-            self._raw = self._device.allocate(size_bytes)
-        if self._room is None or self._room.numel() < room_bytes:
-            self._room = None
-            self._room = self._device.allocate(room_bytes)
-        return self._raw[:size_bytes], self._room
-
     def finish(self) -> None:
-        """End a load: give the workspace back."""
-        self._raw = self._room = None
+        """End a load: give back what packing takes of the device."""
+        self.packer.finish()
 
     def close(self) -> None:
         self.finish()

@@ -76,7 +76,7 @@ class Session:
         self.is_running = False
         self._note_bound = note_bound
         self._loader = BlockLoader(device, keep_home, file_of, host_memory or HostMemory())
-        self._costs = CostSheet(parts, device, self.meter, self._loader.packed_bytes)
+        self._costs = CostSheet(parts, device, self.meter, self._loader.packer.packed_bytes)
         self._walk = Walk(range(len(parts.blocks)))
         self._marks: Marks | None = None
         self._weighed: PassTimes | None = None
