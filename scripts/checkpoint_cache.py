@@ -85,6 +85,7 @@ def cached(name: str, write: Callable[[Path], Path]) -> Path:
     """The file called `name`, written by `write` on the first request; what `write` depends on must be in the name."""
     folder = CACHE / "checkpoints" / _code_version()
     path = folder / f"{name}.safetensors"
+    _forget_requests(folder)
     if path.is_file():
         os.utime(path)
     else:
@@ -125,13 +126,18 @@ def _delete_longest_unused(folder: Path) -> None:
 
 
 def _is_wanted_by_others(path: Path) -> bool:
-    """Whether another process that lives asked for the file just now. What was asked for otherwise is forgotten."""
-    is_wanted = False
-    for asked in path.parent.glob(f"{path.name}.*{ASKED}"):
-        process = int(asked.name.removesuffix(ASKED).rpartition(".")[2])
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - asked.stat().st_mtime > IN_USE_S or not psutil.pid_exists(process):
+    """Whether another process asked for the file just now; older requests are forgotten by then."""
+    return any(_process_of(asked) != os.getpid() for asked in path.parent.glob(f"{path.name}.*{ASKED}"))
+
+
+def _forget_requests(folder: Path) -> None:
+    """Delete what processes that have ended asked with, and what was asked too long ago."""
+    for asked in folder.glob(f"*{ASKED}"):
+        # Another process may have been faster, or just be at it.
+        with contextlib.suppress(PermissionError, FileNotFoundError):
+            if time.time() - asked.stat().st_mtime > IN_USE_S or not psutil.pid_exists(_process_of(asked)):
                 asked.unlink()
-            elif process != os.getpid():
-                is_wanted = True
-    return is_wanted
+
+
+def _process_of(asked: Path) -> int:
+    return int(asked.name.removesuffix(ASKED).rpartition(".")[2])

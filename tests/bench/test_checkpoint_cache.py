@@ -62,6 +62,15 @@ def test_files_that_another_process_just_asked_for_stay(folder: Path, monkeypatc
     assert names(folder) == set("efg")
 
 
+def test_what_a_process_asked_with_goes_when_it_has_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, ended, other = os.getpid(), 1 << 30, os.getppid()
+    for process in (ended, other, own):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        ask("a", hour=0)
+    # Nothing was written since, and there is room for all.
+    assert {path.name for path in folder.glob("*/*.asked")} == {f"a.safetensors.{pid}.asked" for pid in (other, own)}
+
+
 def test_asking_for_a_file_is_a_use(folder: Path) -> None:
     for hour, name in enumerate(("a", "b", "c")):
         ask(name, hour=hour)
