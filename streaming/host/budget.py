@@ -30,10 +30,14 @@ MIB = 1024**2
 # Page-locked memory cannot be swapped; the system and other programs need the rest.
 LOCKED_SHARE = 0.5
 
-# RAM that copies of what can be read from its file again leave to the system and other programs, as a share and at the
-# least.
+# RAM that is left to the system and other programs. Copies of what is mapped from its file leave a share, at the least
+# so much: a weight without one is read from the disk in every step, so they may come close to the end of RAM. Packed or
+# patched copies beside weights that are not mapped leave more: without them steps take up to half as long again, no
+# more, and where weights are not mapped, the text encoder that is loaded next takes RAM that the system cannot take
+# back. By one rule for both, a machine of 16 GiB would either swap or read from its disk what it has room for.
 LEFT_SHARE = 0.1
 LEAST_LEFT_BYTES = 2 * GIB
+SPARE_RAM_BYTES = 8 * GIB
 
 # What a bound is given as where nothing of it is left: less would read as automatic.
 NOTHING_GIB = 1e-9

@@ -28,7 +28,7 @@ from ..engine.plan import Packing
 from ..engine.session import Session
 from ..formats.gguf_file import MAPPED_FILE as GGUF_FILE
 from ..formats.gguf_tensor import GgufTensor
-from .budget import host_memory
+from .budget import SPARE_RAM_BYTES, host_memory
 from .casting import CastSwitch
 from .families import Family, family_of
 from .moves import Moves
@@ -42,9 +42,6 @@ ROOT = "diffusion_model"
 
 # Where newer versions of ComfyUI note, at a storage that they map, of which file it is.
 COMFY_FILE = "_comfy_tensor_file_slice"
-
-# RAM that copies of weights leave for everything else.
-SPARE_RAM_BYTES = 8 * 1024**3
 
 # What a model that was short of RAM wants of it, against what it needs, before it is taken to have enough again.
 ENOUGH = 1.2

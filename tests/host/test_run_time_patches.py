@@ -10,10 +10,9 @@ import psutil
 import pytest
 import torch
 from layerstream.streaming.host import run_time_patches
-from layerstream.streaming.host.budget import LEAST_LEFT_BYTES, Budget, host_memory
+from layerstream.streaming.host.budget import LEAST_LEFT_BYTES, SPARE_RAM_BYTES, Budget, host_memory
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import GIB, Patching
-from layerstream.streaming.host.streams import SPARE_RAM_BYTES
 
 from loras import apply, assert_survives_a_retry, assert_survives_faults, make_lora, on_low_memory
 from saving import assert_same, saved
