@@ -6,7 +6,7 @@ module. Slabs are kept and used again as long as they hold what is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
@@ -52,6 +52,7 @@ class BlockLoader:
         self._keep_home = keep_home
         self._file_of = file_of
         self._marks: dict[int, Hashable] = {}
+        self._reserved: dict[int, torch.Tensor] = {}
 
     @property
     def changed_bytes(self) -> int:
@@ -192,7 +193,9 @@ class BlockLoader:
             is_shelved = self.host_room.may_shelve(block, size_bytes)
         if is_shelved:
             slab = self._raw_slab(index, block, cut, mark, changed)
-        memory = self._device.allocate(size_bytes)
+        memory = self._reserved.pop(index, None)
+        if memory is None:
+            memory = self._device.allocate(size_bytes)
         if slab is not None:
             # At the link's full speed, unlike homes in pages of a file, while the next block is made ready for its own.
             memory.copy_(slab.stored, non_blocking=True)
@@ -253,9 +256,15 @@ class BlockLoader:
         if file is not None:
             file.release()
 
+    def reserve(self, blocks: Mapping[int, Block]) -> None:
+        """Take the device memory of blocks that will stay there as they are, by their index."""
+        for index, block in blocks.items():
+            self._reserved[index] = self._device.allocate(block.bytes_from(cut_of(block)))
+
     def finish(self) -> None:
-        """End a load: give back what packing takes of the device."""
+        """End a load: give back what packing takes of the device, and what was reserved and not used."""
         self.packer.finish()
+        self._reserved.clear()
 
     def close(self) -> None:
         self.finish()

@@ -22,7 +22,7 @@ from .block import Block, ModelBlocks
 from .codec import align
 from .costs import CostSheet
 from .device import Device
-from .forecast import Forecast, forecast
+from .forecast import Forecast, Form, forecast
 from .loader import BlockLoader, Changed, FileOf
 from .meter import Meter, PassTimes
 from .moving import MovingBlock, cut_of
@@ -293,19 +293,24 @@ class Session:
         for index in stale:
             self._moving.pop(index, None)
             self._loader.keep_first(blocks[index], cut_of(blocks[index]), changed)
-        # Packing wants device memory that residents will have afterwards, so it comes first.
+        # Packing wants device memory that residents will have afterwards, so it comes first. So does working out what
+        # changed weights are, which goes on between residents: they have their memory before, lest it leave holes.
         stale.sort(key=lambda index: (not plan.forms[index].is_packed, not plan.forms[index].is_streamed))
+        staying = [index for index in stale if plan.forms[index] is Form.RESIDENT]
         for index in stale:
             block, mark = blocks[index], marks.blocks[index]
             if not plan.forms[index].is_packed:
-                self._loader.finish()
+                self._loader.packer.finish()
+            if staying and index == staying[0]:
+                self.device.trim()
+                self._loader.reserve({index: blocks[index] for index in staying})
             moving = self._loader.place(index, block, plan.forms[index], mark, changed)
             if moving is not None:
                 self._moving[index] = moving
             done += block.weight_bytes()
             progress(done, total)
         if any(plan.forms[index].is_packed for index in stale):
-            self._loader.finish()
+            self._loader.packer.finish()
             self.device.trim()
 
     # -- running -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import itertools
 import pytest
 import torch
 from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.moving import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks
@@ -261,6 +262,47 @@ def test_changed_weights_come_and_go_by_their_marks(kept, is_packed):
     session.load(plan, marks=marks, changed=halve)
     session.close()
     assert torch.equal(walker(x), expected)
+
+
+def half_resident_and_changed():
+    """A session, a plan that keeps some blocks, marks that change all, and the names of the large weights that stay."""
+    walker = make_walker()
+    device = SimulatedDevice(1 << 30)
+    session = attach(walker, device)
+    plan = plan_for(session, 0.5)
+    staying = [f"blocks.{index}." for index, form in enumerate(plan.forms) if form is Form.RESIDENT]
+    assert len(staying) > 1
+    large = {f"{block}{name}.weight" for block in staying for name in ("up", "down")}
+    return device, session, plan, Marks(("halved",) * 8, None), large
+
+
+def test_residents_have_their_memory_before_what_changed_weights_are_is_worked_out():
+    device, session, plan, marks, large = half_resident_and_changed()
+    used = []
+
+    def halve(weight):
+        if weight.keys[0] in large:
+            used.append(device.used_bytes)
+        return weight.home * 0.5
+
+    session.load(plan, marks=marks, changed=halve)
+    assert len(used) == len(large) and set(used) == {device.used_bytes}
+    session.close()
+
+
+def test_a_load_that_fails_gives_back_what_residents_were_to_have():
+    device, session, plan, marks, large = half_resident_and_changed()
+
+    def fail(weight):
+        if weight.keys[0] in large:
+            raise RuntimeError("no such patch")
+        return weight.home
+
+    before = device.used_bytes
+    with pytest.raises(RuntimeError, match="no such patch"):
+        session.load(plan, marks=marks, changed=fail)
+    assert device.used_bytes == before
+    session.close()
 
 
 def test_a_weight_shared_by_blocks_stays_resident():
