@@ -12,6 +12,7 @@ import torch
 
 from .block import Block, Weight, as_parameter
 from .block_packer import BlockPacker
+from .bounce import Bounce
 from .codec import codec_for
 from .device import Device
 from .forecast import Form
@@ -48,6 +49,7 @@ class BlockLoader:
         self.store = HostStore(device, host_memory)
         self.host_room = HostRoom(self.store, keep_home)
         self.packer = BlockPacker(device)
+        self._bounce = Bounce(device, host_memory)
         self._device = device
         self._keep_home = keep_home
         self._file_of = file_of
@@ -172,7 +174,7 @@ class BlockLoader:
             return
         raw.zero_()  # the gaps between weights are packed too
         for weight in block.weights[cut:]:
-            self._store(weight, changed(weight), raw[weight.offset - block.offset_of(cut) :])
+            self._store(weight, changed(weight), raw[weight.offset - block.offset_of(cut) :], is_on_device=True)
             weight.put(weight.home)
 
     def _valid_slab(self, index: int, mark: Hashable) -> Slab | None:
@@ -232,10 +234,12 @@ class BlockLoader:
             place = self._device.allocate(codec.stored_bytes)
             codec.encode(changed, place)
         else:
-            self._store(weight, changed, place)
+            self._store(weight, changed, place, is_on_device=True)
         weight.put(codec.decode(place[: codec.stored_bytes]))
 
-    def _store(self, weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor) -> None:
+    def _store(
+        self, weight: Weight, changed: torch.Tensor | None, stored: torch.Tensor, *, is_on_device: bool = False
+    ) -> None:
         """Write what `weight` is to hold into `stored`. Raises ValueError for a changed weight of another shape."""
         if changed is not None and changed.shape != weight.home.shape:
             shapes = tuple(weight.home.shape), tuple(changed.shape)
@@ -250,8 +254,10 @@ class BlockLoader:
             return
         file = self._file_of(weight.home)
         is_verbatim = changed is None and weight.codec.is_verbatim and not weight.dtype_changes
-        if file is not None and is_verbatim and file.read_into(piece[: file.size_bytes]):
-            return
+        if file is not None and is_verbatim:
+            read_into = self._bounce.bring if is_on_device else FileSlice.read_into
+            if read_into(file, piece[: file.size_bytes]):
+                return
         weight.codec.encode(source, piece)
         if file is not None:
             file.release()
@@ -264,6 +270,7 @@ class BlockLoader:
     def finish(self) -> None:
         """End a load: give back what packing takes of the device, and what was reserved and not used."""
         self.packer.finish()
+        self._bounce.finish()
         self._reserved.clear()
 
     def close(self) -> None:

@@ -30,17 +30,22 @@ class FileSlice(NamedTuple):
     size_bytes: int
     address: int
 
-    def read_into(self, stored: torch.Tensor) -> bool:
-        """Fill uint8 host memory [size_bytes]; False where this system cannot, or the memory is a device's.
+    can_read = hasattr(os, "preadv")
+    """Whether this system reads past a mapping."""
+
+    def read_into(self, stored: torch.Tensor, begin: int = 0) -> bool:
+        """Fill uint8 host memory with the bytes from `begin` on; False where this system cannot.
 
         Raises OSError when the file has become shorter, where reading the mapping would end the process.
         """
-        if not hasattr(os, "preadv") or stored.device.type != "cpu":
+        if not self.can_read:
             return False
-        assert stored.numel() == self.size_bytes
-        pieces = range(0, self.size_bytes, PIECE_BYTES)
-        # Asking for every result raises what any reader raised.
-        list(_readers.map(self._read, pieces, stored.split(PIECE_BYTES)))
+        assert begin + stored.numel() <= self.size_bytes
+        pieces = range(begin, begin + stored.numel(), PIECE_BYTES)
+        if len(pieces) == 1:
+            self._read(begin, stored)
+        else:  # asking for every result raises what any reader raised
+            list(_readers.map(self._read, pieces, stored.split(PIECE_BYTES)))
         return True
 
     def _read(self, begin: int, stored: torch.Tensor) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .device import Device, Event, Stream
-from .store import HostMemory, Slab
+from .device import Device, Stream
+from .store import Buffer, HostMemory
 
 # One is read while others wait for their copy; more even out what the file's disk takes longer for.
 BUFFERS = 4
@@ -88,14 +88,6 @@ def _sparing_giants(sizes: Mapping[int, int], short_bytes: float) -> Mapping[int
     return small if sum(small.values()) >= short_bytes + staging_bytes(small.values()) else sizes
 
 
-class _Buffer:
-    """Page-locked memory, free for other bytes once `sent` was reached."""
-
-    def __init__(self, device: Device, host_memory: HostMemory, size_bytes: int) -> None:
-        self.slab = Slab(device, host_memory, 0, size_bytes, is_buffer=True)
-        self.sent: Event = device.event()
-
-
 class Staging:
     """Reads the blocks in `sources` ahead of their copies."""
 
@@ -103,8 +95,8 @@ class Staging:
         self._sources = sources
         sizes = [source.nbytes for source in sources.values()]
         self._count = buffer_count(sizes)
-        self._idle = deque(_Buffer(device, host_memory, max(sizes)) for _ in range(self._count))
-        self._staged: dict[int, tuple[_Buffer, Future[object]]] = {}
+        self._idle = deque(Buffer(device, host_memory, max(sizes)) for _ in range(self._count))
+        self._staged: dict[int, tuple[Buffer, Future[object]]] = {}
         # One reads at a time, so what is read into a buffer follows what was read into it before.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layerstream-staging")
 
@@ -154,16 +146,16 @@ class Staging:
         self._idle.clear()
         self._staged.clear()
 
-    def _read(self, index: int, buffer: _Buffer) -> None:
+    def _read(self, index: int, buffer: Buffer) -> None:
         source = self._sources[index]
         reading = self._reader.submit(source.read_into, buffer.slab.stored[: source.nbytes])
         self._staged[index] = buffer, reading
 
-    def _free_buffer(self) -> _Buffer | None:
+    def _free_buffer(self) -> Buffer | None:
         """A buffer whose bytes were copied; None while there is none."""
         return self._idle.popleft() if self._idle and self._idle[0].sent.query() else None
 
-    def _next_buffer(self) -> _Buffer:
+    def _next_buffer(self) -> Buffer:
         """A buffer, whatever it takes: the one copied first, or that of the block which is needed last."""
         if self._idle:
             buffer = self._idle.popleft()
@@ -173,7 +165,7 @@ class Staging:
         assert taken is not None, "a buffer is neither idle nor read into"
         return taken
 
-    def _taken_from_other_than(self, soon: Collection[int]) -> _Buffer | None:
+    def _taken_from_other_than(self, soon: Collection[int]) -> Buffer | None:
         """The buffer of the last block that began to be read and is not among those needed `soon`; None without one."""
         index = next((index for index in reversed(self._staged) if index not in soon), None)
         if index is None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .device import Device
+from .device import Device, Event
 from .packing import Layout
 
 GIB = 1024**3
@@ -126,6 +126,14 @@ class Slab:
     def close(self) -> None:
         """Unlock the pages; safe to call twice."""
         self._give_back()
+
+
+class Buffer:
+    """Page-locked memory that bytes pass through, free for others once `sent` was reached."""
+
+    def __init__(self, device: Device, host_memory: HostMemory, size_bytes: int) -> None:
+        self.slab = Slab(device, host_memory, 0, size_bytes, is_buffer=True)
+        self.sent: Event = device.event()
 
 
 def packed_slab_bytes(stored_bytes: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream.streaming.engine import mapped
+from layerstream.streaming.engine import bounce, mapped
 from layerstream.streaming.engine.block import take_apart
 from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.packing import PlainPacker
@@ -63,7 +63,9 @@ class MappedWalker:
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
-def test_a_mapped_model_is_in_memory_once(tmp_path, kept, is_packed):
+@pytest.mark.parametrize("worth_bytes", [0, bounce.WORTH_BYTES], ids=["buffered", "direct"])
+def test_a_mapped_model_is_in_memory_once(monkeypatch, tmp_path, kept, is_packed, worth_bytes):
+    monkeypatch.setattr(bounce, "WORTH_BYTES", worth_bytes)
     model = MappedWalker(tmp_path / "weights")
     x = make_input(model.walker)
     session = model.attach()
