@@ -11,7 +11,7 @@ from collections import deque
 import torch
 
 from .device import Device
-from .mapped import FileSlice
+from .mapped import CAN_READ, FileSlice
 from .store import Buffer, HostMemory
 
 BUFFERS = 2
@@ -34,7 +34,7 @@ class Bounce:
 
         Raises OSError when the file has become shorter.
         """
-        if not file.can_read:
+        if not CAN_READ:
             return False
         if file.size_bytes < WORTH_BYTES:
             stored = torch.empty(file.size_bytes, dtype=torch.uint8)

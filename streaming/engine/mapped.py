@@ -19,6 +19,9 @@ import torch
 READERS = 4
 PIECE_BYTES = 8 * 1024**2
 
+# Windows has no such call.
+CAN_READ = hasattr(os, "preadv")
+
 _readers = ThreadPoolExecutor(READERS, thread_name_prefix="layerstream-reader")
 
 
@@ -30,15 +33,12 @@ class FileSlice(NamedTuple):
     size_bytes: int
     address: int
 
-    can_read = hasattr(os, "preadv")
-    """Whether this system reads past a mapping."""
-
     def read_into(self, stored: torch.Tensor, begin: int = 0) -> bool:
         """Fill uint8 host memory with the bytes from `begin` on; False where this system cannot.
 
         Raises OSError when the file has become shorter, where reading the mapping would end the process.
         """
-        if not self.can_read:
+        if not CAN_READ:
             return False
         assert begin + stored.numel() <= self.size_bytes
         pieces = range(begin, begin + stored.numel(), PIECE_BYTES)

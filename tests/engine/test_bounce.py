@@ -85,7 +85,7 @@ def test_a_file_that_became_shorter_is_an_error_after_which_the_buffers_can_be_g
 
 def test_where_the_system_cannot_read_so_it_says_so(monkeypatch, tmp_path):
     written(tmp_path, 10)
-    monkeypatch.setattr(FileSlice, "can_read", False)
+    monkeypatch.setattr(bounce, "CAN_READ", False)
     monkeypatch.setattr(os, "preadv", None)
     device = LateDevice()
     with (tmp_path / "weights").open("rb") as file:
