@@ -152,6 +152,8 @@ class Pipeline:
             self._staging.close()
         self._meter.collect(wait=True)
         self._slots.clear()
+        # The traceback of an error may hold this, while what is kept packed leaves the device to make room.
+        self._restoring.forget_places()
 
     # -- a block -------------------------------------------------------------------------------------------------
 

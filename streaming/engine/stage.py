@@ -157,7 +157,7 @@ class Restoring(Stage):
         self._restorers: dict[int, Decoder] = {}
 
     def forget_places(self) -> None:
-        """Take note that the places of both rings are about to lie elsewhere."""
+        """Take note that the places of both rings are about to lie elsewhere, or to go."""
         self._restorers.clear()
 
     def _is_past(self, index: int) -> bool:

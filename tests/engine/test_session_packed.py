@@ -76,6 +76,29 @@ def test_packed_residents_leave_the_device_with_the_tensors_that_stand_for_them(
     session.forget()
 
 
+def test_packed_residents_leave_the_device_while_the_error_that_a_run_ended_with_is_looked_at():
+    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
+    x = make_input(walker)
+    session = attach(walker, device)
+    session.load(plan_for(session, 0.5, is_packed=True))
+    assert session.packed_resident_bytes
+    one_pass(session, walker, x)
+    copy = device.copy
+
+    def fail(*arguments) -> None:
+        raise RuntimeError("the link is gone")
+
+    device.copy = fail
+    with pytest.raises(RuntimeError, match="the link is gone") as error:
+        one_pass(session, walker, x)
+    device.copy = copy
+    before, resident_bytes = device.used_bytes, session.resident_bytes
+    session.unload()  # as ComfyUI does when memory ran out, while it has the traceback
+    gc.collect()
+    assert device.used_bytes == before - resident_bytes
+    assert error.tb is not None
+
+
 def test_a_model_can_change_between_raw_and_packed():
     walker = make_walker()
     x = make_input(walker)
