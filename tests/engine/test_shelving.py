@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -45,6 +46,87 @@ def test_leaving_and_coming_back_locks_nothing_anew(device, kept):
         assert (device.locked_bytes, device.used_bytes) == (locked, held)
         session.unload()
     assert {name: tensor.data_ptr() for name, tensor in walker.state_dict().items()} == homes
+
+
+@pytest.fixture
+def late_copies(device, monkeypatch):
+    """Copies that nobody waits for run only when someone waits for compute, or unlocks pages, as late as they may."""
+    under_way = []
+    copy, unlock = torch.Tensor.copy_, device.page_unlock
+
+    def copy_late(destination, source, non_blocking=False):
+        if non_blocking:
+            under_way.append((destination, source))
+        else:
+            copy(destination, source)
+        return destination
+
+    def wait():
+        while under_way:
+            copy(*under_way.pop(0))
+
+    def wait_and_unlock(address):
+        wait()
+        unlock(address)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_late)
+    monkeypatch.setattr(device, "page_unlock", wait_and_unlock)
+    monkeypatch.setattr(device.compute_stream(), "synchronize", wait)
+    return under_way
+
+
+def scaled(walker, factor):
+    """What `load` takes for all large weights of the blocks times `factor`."""
+    marks = Marks((factor,) * len(walker.blocks), None)
+    return {"marks": marks, "changed": lambda weight: weight.home * factor if weight.home.dim() > 1 else None}
+
+
+@pytest.mark.parametrize("is_shelving", [False, True], ids=["unshelved", "shelved"])
+def test_what_comes_back_has_arrived_when_a_load_ends_or_its_slab_goes(device, late_copies, is_shelving):
+    walker = make_walker()
+    x = make_input(walker)
+    expected = {None: walker(x)}
+    for factor in (0.5, 2.0):
+        other = make_walker()
+        for block in other.blocks:
+            block.up.weight.mul_(factor), block.down.weight.mul_(factor)
+        expected[factor] = other(x)
+    session = shelved(device, walker) if is_shelving else attach(walker, device)
+    late = 0
+    for kept, factor in itertools.product((0.0, 0.5, 1.0, 0.5), (None, 0.5, 2.0)):
+        changes = {} if factor is None else scaled(walker, factor)
+
+        def note(done: int, total: int) -> None:
+            nonlocal late
+            late += len(late_copies)
+
+        session.load(plan_for(session, kept), progress=note, **changes)
+        assert not late_copies
+        assert torch.equal(one_pass(session, walker, x), expected[factor])
+    session.unload()
+    assert torch.equal(walker(x), expected[None])
+    assert late or not is_shelving, "every copy was waited for by itself"
+
+
+def test_a_load_that_fails_leaves_nothing_under_way_that_matters(device, late_copies):
+    walker = make_walker()
+    x = make_input(walker)
+    expected = walker(x)
+    session = shelved(device, walker)
+    plan = plan_for(session, 1.0)
+    session.load(plan)
+    session.unload()
+
+    def stop(done: int, total: int) -> None:
+        if len(late_copies) > 2:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        session.load(plan, progress=stop)
+    assert torch.equal(walker(x), expected)
+    session.load(plan, **scaled(walker, 0.5))
+    session.load(plan)
+    assert torch.equal(one_pass(session, walker, x), expected)
 
 
 def test_every_large_weight_has_its_locked_copy_and_is_in_memory_once(device):
