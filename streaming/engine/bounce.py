@@ -1,7 +1,7 @@
 """Brings what a file holds to the device for good, by way of two page-locked buffers: one is read, the other copied.
 
-In: where bytes lie in a file, and device memory. Out: the bytes there, as soon as the compute stream has come so far. A
-copy from the pages of a mapped file would wait for each of them in turn, and have them count as this process's memory.
+In: where bytes lie in a file, and device memory. Out: the bytes there, as soon as the compute stream has come so far.
+Copied from its mapping, they would have the mapping's pages count as this process's memory.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class CudaDevice:
         self.torch_device = torch_device
         self.packer = _triton_packer()
         self._limit_bytes = torch.cuda.mem_get_info(torch_device)[1]
-        # Bound by integer arithmetic: 1.3 TB/s on the 132 multiprocessors of an H200.
+        # 1.3 TB/s on the 132 multiprocessors of an H200, which restores 2.3 alone and 0.6 to 1.5 beside compute.
         self.assumed_restore = 1e7 * torch.cuda.get_device_properties(torch_device).multi_processor_count
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
