@@ -31,7 +31,9 @@ class Codec(Protocol):
         """Whether what is stored of a weight in one piece of memory begins with the bytes of that memory."""
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
-        """Write `weight` (any device) into `stored`, a uint8 tensor [stored_bytes]."""
+        """Write `weight` (any device) into `stored`, a uint8 tensor [stored_bytes]; from a device into page-locked
+        memory it is there once the current stream has come so far.
+        """
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """Give the weight whose bytes lie in `stored` [stored_bytes], on that tensor's device, without copying."""
@@ -54,7 +56,8 @@ class RawCodec:
         return True
 
     def encode(self, weight: torch.Tensor, stored: torch.Tensor) -> None:
-        self.decode(stored).copy_(weight.reshape(self.shape))  # a patched scale may have one axis more
+        # A patched scale may have one axis more. A host tensor may go right after this, so it is waited for.
+        self.decode(stored).copy_(weight.reshape(self.shape), non_blocking=weight.device.type != "cpu")
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         flat = stored[: self.stored_bytes].view(self.dtype)

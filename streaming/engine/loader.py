@@ -13,7 +13,7 @@ import torch
 from .block import Block, Weight, as_parameter
 from .block_packer import BlockPacker
 from .bounce import Bounce
-from .codec import codec_for
+from .codec import RawCodec, codec_for
 from .device import Device
 from .forecast import Form
 from .host_room import HostRoom
@@ -87,7 +87,7 @@ class BlockLoader:
         if form.is_streamed:
             slab = self.store.build_packed(index, block.offset_of(cut), layout)
             self._marks[index] = PARTLY_WRITTEN
-            slab.stored.copy_(stored)
+            slab.stored.copy_(stored, non_blocking=True)
             self._marks[index] = mark
             return self._placed(block, cut, slab, layout, mark)
         self.store.drop(index)
@@ -261,6 +261,16 @@ class BlockLoader:
         weight.codec.encode(source, piece)
         if file is not None:
             file.release()
+
+    def home_on_device(self, weight: Weight) -> torch.Tensor | None:
+        """A copy of the home tensor on the device; None where it is of a kind, or will be stored in a dtype, that is
+        not brought as it is.
+        """
+        if not isinstance(weight.codec, RawCodec) or weight.dtype_changes:
+            return None
+        place = self._device.allocate(weight.codec.stored_bytes)
+        self._store(weight, None, place, is_on_device=True)
+        return weight.codec.decode(place)
 
     def reserve(self, blocks: Mapping[int, Block]) -> None:
         """Take the device memory of blocks that will stay there as they are, by their index."""

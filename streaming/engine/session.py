@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .block import Block, ModelBlocks
+from .block import Block, ModelBlocks, Weight
 from .codec import align
 from .costs import CostSheet
 from .device import Device
@@ -276,6 +276,12 @@ class Session:
             self.meter.begin_plan()
             self._planned_ms, self._weighed = None, self.meter.best
         progress(self.total_bytes, self.total_bytes)
+
+    def home_on_device(self, weight: Weight) -> torch.Tensor | None:
+        """For `changed` to work from: a copy of the home tensor, brought to the device faster than one by one from the
+        pages of a mapped file. None where that is not to be had. Raises torch.OutOfMemoryError.
+        """
+        return self._loader.home_on_device(weight)
 
     def _slab_sizes(self, plan: Plan) -> dict[int, int]:
         """Bytes of the slabs that `plan` asks for, as far as they are known, in the order in which blocks run."""

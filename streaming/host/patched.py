@@ -1,4 +1,5 @@
-"""Which weights have patches baked into them, and how those reach whoever reads a model that streams.
+"""Which weights have patches baked into them, what those weights are, and how they reach whoever reads a model that
+streams.
 
 In: a streaming patcher. Out: answers about its patches. The newer ComfyUI reads a model's weights, to save them say,
 without asking for patched ones first: it adds patches to the weights and biases of its own layers as it reads them, but
@@ -7,8 +8,9 @@ where `comfy_patched_weights` says that they are in place already.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import comfy.utils
 import torch
 
 from ..engine.block import Block, Weight
@@ -22,6 +24,13 @@ LAYER_WEIGHTS = ("weight", "bias")
 """What ComfyUI's layers can patch as they run, and as they are read."""
 
 
+class Backup(NamedTuple):
+    """What ComfyUI keeps of a weight that it patches, to put it back."""
+
+    weight: torch.Tensor
+    inplace_update: bool
+
+
 def patch_key(patcher: StreamingModelPatcher, weight: Weight) -> str | None:
     """The name by which patches know `weight`; None if none are to be baked into it. Some are applied at run time, and
     some never by ComfyUI: to buffers, and to weights of a module that has others below it.
@@ -33,6 +42,24 @@ def patch_key(patcher: StreamingModelPatcher, weight: Weight) -> str | None:
         if not any("." in below for below, _ in site.module.named_parameters()):
             return key
     return None
+
+
+def baked(patcher: StreamingModelPatcher, weight: Weight) -> torch.Tensor | None:
+    """The weight with its patches, worked out by ComfyUI on the card as for a full load; None if it has none.
+
+    ComfyUI converts what is not on the card yet on the processor, and copies it from there at a fraction of the link's
+    speed. So it gets the weight on the card, and a backup that is not.
+    """
+    key = patch_key(patcher, weight)
+    if key is None:
+        return None
+    weight.put(weight.home)
+    on_card = patcher.stream.session.home_on_device(weight)
+    if on_card is not None:
+        patcher.backup.setdefault(key, Backup(comfy.utils.get_attr(patcher.model, key), inplace_update=False))
+        weight.put(on_card)
+    patcher.patch_weight_to_device(key, device_to=patcher.load_device)
+    return comfy.utils.get_attr(patcher.model, key)
 
 
 def is_patched_when_read(patcher: StreamingModelPatcher, block: Block) -> bool:

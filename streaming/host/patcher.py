@@ -30,7 +30,7 @@ from .devices import device_for, why_not
 from .families import Family
 from .ledger import write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
-from .patched import is_patched_when_read, patch_key
+from .patched import baked, is_patched_when_read, patch_key
 from .planning import choose_plan, least_left, least_streamed_bytes
 from .run_time_patches import RunTimePatch, decide
 from .settings import GIB, Mode, StreamingSettings
@@ -198,7 +198,7 @@ class StreamingModelPatcher(ModelPatcher):
         load = partial(
             session.load,
             marks=marks,
-            changed=self._changed_weight,
+            changed=partial(baked, self),
             progress=progress,
             afresh=afresh,
             all_in_slabs=bool(self.hook_patches),
@@ -254,15 +254,6 @@ class StreamingModelPatcher(ModelPatcher):
         """The patches that are applied as their layer runs, by weight. Others are baked, and for readers all are."""
         run_time = None if self._is_to_be_read else self.stream.run_time
         return run_time.by_key if run_time else {}
-
-    def _changed_weight(self, weight: Weight) -> torch.Tensor | None:
-        """The weight with its patches, computed by ComfyUI on the card as for a full load; None if it has none."""
-        key = patch_key(self, weight)
-        if key is None:
-            return None
-        weight.put(weight.home)
-        self.patch_weight_to_device(key, device_to=self.load_device)
-        return comfy.utils.get_attr(self.model, key)
 
     def _load_rest(self, device_to: torch.device | None) -> None:
         """Move what is not part of the diffusion model (sampling tables and the like), patched, as ComfyUI does."""

@@ -96,6 +96,26 @@ def test_weights_that_are_converted_or_changed_leave_no_pages_either(tmp_path, d
     assert torch.equal(one_pass(session, model.walker, x), expected(x))
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+@pytest.mark.parametrize("worth_bytes", [0, bounce.WORTH_BYTES], ids=["buffered", "direct"])
+def test_changes_that_are_worked_out_on_the_device_read_no_page(monkeypatch, tmp_path, worth_bytes, is_packed):
+    monkeypatch.setattr(bounce, "WORTH_BYTES", worth_bytes)
+    model = MappedWalker(tmp_path / "weights")
+    x = make_input(model.walker)
+    expected = make_walker(width=256, inner=(1024,))
+    for tensor in expected.state_dict().values():
+        tensor.mul_(0.5)
+    session = model.attach()
+
+    def halve(weight):
+        copy = session.home_on_device(weight)
+        return None if copy is None else copy * 0.5
+
+    session.load(plan_for(session, 0.5, is_packed=is_packed), marks=Marks(("halved",) * 8, "halved"), changed=halve)
+    assert resident_bytes(model.path) < 0.02 * model.size_bytes
+    assert torch.equal(one_pass(session, model.walker, x), expected(x))
+
+
 def test_what_the_system_reads_in_pieces_is_put_together(monkeypatch, tmp_path):
     model, read = MappedWalker(tmp_path / "weights"), os.preadv
     x = make_input(model.walker)

@@ -15,7 +15,7 @@ from layerstream.streaming.engine.block import take_apart
 from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.moving import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
-from layerstream.streaming.engine.session import Marks
+from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 
 from walkers import ALL_STREAMED, attach, make_input, make_walker, one_pass, plan_for
@@ -262,6 +262,19 @@ def test_changed_weights_come_and_go_by_their_marks(kept, is_packed):
     session.load(plan, marks=marks, changed=halve)
     session.close()
     assert torch.equal(walker(x), expected)
+
+
+def test_home_tensors_come_to_the_device_to_be_worked_on():
+    walker, device = make_walker(), SimulatedDevice(1 << 30)
+    session = attach(walker, device)
+    for weight in session.parts.blocks[0].weights:
+        before = device.used_bytes
+        copy = session.home_on_device(weight)
+        assert copy is not None and torch.equal(copy, weight.home) and copy.data_ptr() != weight.home.data_ptr()
+        assert device.used_bytes > before
+        del copy
+    converted = Session(take_apart(walker, walker.units(), lambda module, name: torch.float64), device, lambda _: True)
+    assert {converted.home_on_device(weight) for weight in converted.parts.blocks[0].weights} == {None}
 
 
 def half_resident_and_changed():

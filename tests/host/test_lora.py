@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from comfy.utils import get_attr
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 
 from loras import apply, assert_survives_a_retry, assert_survives_faults, make_lora
@@ -146,6 +147,30 @@ def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_no_memory(load
         baked.clear()
     sample(streamed)
     assert not baked and not locked
+
+
+def test_weights_are_on_the_card_before_they_are_patched_and_their_backups_are_not(card, load, sample, monkeypatch):
+    model = load("flux", size="tiny")
+    lora = make_lora(model, seed=1)
+    expected = sample(apply(model, lora, 1.0))
+    streamed = stream(model, 0.4)
+    plain, before = sample(streamed), weights_of(model)
+    session = streamed.stream.session
+    homes = {streamed.stream.key(weight.keys[0]): weight for block in session.parts.blocks for weight in block.weights}
+    used, bake = [], StreamingModelPatcher.patch_weight_to_device
+
+    def note_and_bake(self, key, *args, **options):
+        given = get_attr(self.model, key)
+        if key in homes:
+            assert given.data_ptr() != homes[key].home.data_ptr() == self.backup[key].weight.data_ptr()
+            used.append(session.device.used_bytes)
+        return bake(self, key, *args, **options)
+
+    monkeypatch.setattr(StreamingModelPatcher, "patch_weight_to_device", note_and_bake)
+    assert torch.equal(sample(apply(streamed, lora, 1.0)), expected) and used
+    assert torch.equal(sample(streamed), plain)
+    streamed.detach()
+    assert_same_weights(model, before)
 
 
 def test_a_lora_survives_out_of_memory_and_interrupt(card, load, sample):
