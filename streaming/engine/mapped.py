@@ -7,22 +7,18 @@ file is the system's to keep or drop. It is told to do neither: a plan made anew
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
-# What the system has in its cache is copied by whoever reads it: on two processors, two readers had 6.5 GiB/s, one 4.9.
-READERS = 4
+from .pages import advise, threads
+
 PIECE_BYTES = 8 * 1024**2
 
 # Windows has no such call.
 CAN_READ = hasattr(os, "preadv")
-
-_readers = ThreadPoolExecutor(READERS, thread_name_prefix="layerstream-reader")
 
 
 class FileSlice(NamedTuple):
@@ -45,7 +41,7 @@ class FileSlice(NamedTuple):
         if len(pieces) == 1:
             self._read(begin, stored)
         else:  # asking for every result raises what any reader raised
-            list(_readers.map(self._read, pieces, stored.split(PIECE_BYTES)))
+            list(threads.map(self._read, pieces, stored.split(PIECE_BYTES)))
         return True
 
     def _read(self, begin: int, stored: torch.Tensor) -> None:
@@ -66,5 +62,4 @@ class FileSlice(NamedTuple):
         first = -(-self.address // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (self.address + self.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if first < end:
-            # Advice that is not taken changes nothing.
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+            advise(first, end - first, mmap.MADV_DONTNEED)

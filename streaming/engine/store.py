@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
-import sys
 import weakref
 from collections.abc import Callable, Container
 from typing import NamedTuple
@@ -18,6 +16,7 @@ import torch
 
 from .device import Device, Event
 from .packing import Layout
+from .pages import anonymous_pages
 
 GIB = 1024**3
 
@@ -105,7 +104,7 @@ class Slab:
     ) -> None:
         self.base = base
         self.layout = layout
-        self._memory = _anonymous_pages(size_bytes if layout is None else packed_slab_bytes(size_bytes))
+        self._memory = anonymous_pages(size_bytes if layout is None else packed_slab_bytes(size_bytes))
         self.stored = self._memory[:size_bytes]
         self.is_locked = host_memory.take(self._memory, device, is_buffer)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
@@ -139,23 +138,6 @@ class Buffer:
 def packed_slab_bytes(stored_bytes: int) -> int:
     """What a slab for so many packed bytes takes."""
     return stored_bytes + stored_bytes // SPARE_SHARE
-
-
-def _anonymous_pages(size_bytes: int) -> torch.Tensor:
-    """Give a uint8 tensor [size_bytes] on pages of its own.
-
-    torch's page-locked allocator rounds sizes up to powers of two, which costs up to twice the memory, and malloc
-    shares pages between neighbours, which cannot be locked and unlocked apart. A private mapping has neither fault and
-    its memory goes back to the system at once.
-    """
-    if sys.platform == "win32":
-        pages = mmap.mmap(-1, size_bytes)
-    else:
-        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer faults while filling, fewer pages to lock
-    with torch.inference_mode(False):
-        return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 class HostStore:

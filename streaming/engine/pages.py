@@ -1,0 +1,50 @@
+"""Pages of host memory: how the system is asked for them, and told what becomes of them.
+
+In: a size, or where pages lie. Out: memory of exactly that size; advice. Beside them the few threads that work on
+memory where one would be slower, because the system copies or clears pages for whoever asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+# On two processors, two threads had 6.5 GiB/s from the system's cache of files, where one had 4.9, and 18 GiB/s of
+# cleared pages instead of 10.
+THREADS = 4
+threads = ThreadPoolExecutor(THREADS, thread_name_prefix="layerstream-pages")
+
+# From <linux/mman.h>; Python has no name for it. Linux before 5.14 refuses it, and gives pages when they are touched.
+POPULATE_WRITE = 23
+POPULATE_BYTES = 32 * 1024**2
+
+
+def advise(address: int, size_bytes: int, advice: int) -> None:
+    """Give the system `advice` (`MADV_...`) on the pages from `address` on. Where it is not taken nothing changes."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), advice)
+
+
+def anonymous_pages(size_bytes: int) -> torch.Tensor:
+    """Give a uint8 tensor [size_bytes] on pages of its own.
+
+    torch's page-locked allocator rounds sizes up to powers of two, which costs up to twice the memory, and malloc
+    shares pages between neighbours, which cannot be locked and unlocked apart. A private mapping has neither fault and
+    its memory goes back to the system at once.
+    """
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, size_bytes)
+    else:
+        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer faults while filling, fewer pages to lock
+    with torch.inference_mode(False):
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if sys.platform == "linux":
+        # Locking would have them cleared one after another.
+        pieces = memory.split(POPULATE_BYTES)
+        list(threads.map(lambda piece: advise(piece.data_ptr(), piece.nbytes, POPULATE_WRITE), pieces))
+    return memory
