@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from .packing import Decoder, Layout, Packer
+from .pages import keep_freed_pages
 
 logger = logging.getLogger("layerstream")
 
@@ -120,6 +121,7 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
         self.packer = _triton_packer()
+        keep_freed_pages()
         self._limit_bytes = torch.cuda.mem_get_info(torch_device)[1]
         # 1.3 TB/s on the 132 multiprocessors of an H200, which restores 2.3 alone and 0.6 to 1.5 beside compute.
         self.assumed_restore = 1e7 * torch.cuda.get_device_properties(torch_device).multi_processor_count

@@ -1,7 +1,8 @@
 """Pages of host memory: how the system is asked for them, and told what becomes of them.
 
-In: a size, or where pages lie. Out: memory of exactly that size; advice. Beside them the few threads that work on
-memory where one would be slower, because the system copies or clears pages for whoever asks.
+In: a size, or where pages lie. Out: memory of exactly that size; advice; an allocator that keeps what it has. Beside
+them the few threads that work on memory where one would be slower, because the system copies or clears pages for
+whoever asks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,22 @@ threads = ThreadPoolExecutor(THREADS, thread_name_prefix="layerstream-pages")
 # From <linux/mman.h>; Python has no name for it. Linux before 5.14 refuses it, and gives pages when they are touched.
 POPULATE_WRITE = 23
 POPULATE_BYTES = 32 * 1024**2
+
+# From glibc's <malloc.h>, and the values that glibc itself goes up to as a program frees pieces of that size.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+MOST_MMAP_THRESHOLD_BYTES = 32 * 1024**2
+
+
+def keep_freed_pages() -> None:
+    """Have `malloc` keep pages that were freed for who asks next, as far as it would in the end.
+
+    While work waits for copies, up to 10 MiB more are taken in the course of a step than are needed at its end. glibc
+    gave them back and took them again in every step: SDXL took 95 to 101 ms a step instead of 76 to 81.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, MOST_MMAP_THRESHOLD_BYTES)
+        mallopt(TRIM_THRESHOLD, 2 * MOST_MMAP_THRESHOLD_BYTES)
 
 
 def advise(address: int, size_bytes: int, advice: int) -> None:
