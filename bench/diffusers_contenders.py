@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from bench.denoisers import DENOISERS, Denoiser, random_latent, random_model, random_text, weights
-from bench.measured import Measured, Residency, SamplingRun, last_run
+from bench.measured import Measured, Residency, SamplingRun, timed_run
 from bench.spec import GIB, MIB, StepSpec
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _measure(spec: StepSpec, home: str, offload: Offload) -> Measured:
         model = random_model(denoiser, spec, dtype, home)
         chosen = offload(model, spec)
         prepare_s = time.perf_counter() - begin
-        run = last_run([_sample(denoiser, model, spec, dtype) for _ in range(spec.runs)])
+        run = timed_run(lambda: _sample(denoiser, model, spec, dtype), spec.runs)
     resident_bytes = sum(weight.nbytes for weight in weights(model) if weight.device.type == spec.device)
     streamed_bytes = sum(weight.nbytes for weight in weights(model)) - resident_bytes
     facts = {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.hosting import has_dynamic_vram, start_host
 from bench.lora import apply_lora, random_lora
-from bench.measured import Measured, Residency, last_run
+from bench.measured import Measured, Residency, timed_run
 from bench.model_file import is_gguf
 from bench.spec import StepSpec
 
@@ -82,7 +82,7 @@ def _run(spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_traced: b
         begin = time.perf_counter()
         prepared = prepare()
         prepare_s = time.perf_counter() - begin
-        run = last_run([sample(prepared.model, spec) for _ in range(spec.runs)])
+        run = timed_run(lambda: sample(prepared.model, spec), spec.runs)
         residency = prepared.residency(run.calls_per_step)
         changed = sample(prepared.at_strength(0.5), spec) if prepared.at_strength else None
         trace = _trace(prepared.model, spec) if is_traced else None

@@ -5,20 +5,26 @@ Plain values that every way to run a model can give; `bench.worker` turns them i
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bench.processor import loop_times_ms
 
 if TYPE_CHECKING:
     import torch
 
 
 class SamplingRun(NamedTuple):
-    """`first_step_s` runs from the call to the first step's end and so includes the load; `steps_s` are the others."""
+    """`first_step_s` runs from the call to the first step's end and so includes the load; `steps_s` are the others.
+    `loop_ms` is how fast the processor was (`bench.processor`)."""
 
     latent: torch.Tensor
     first_step_s: float
     steps_s: list[float]
     calls_per_step: float
     next_first_step_s: float | None = None
+    loop_ms: float | None = None
 
 
 class Residency(NamedTuple):
@@ -42,6 +48,12 @@ class Measured(NamedTuple):
     trace: dict[str, Any] | None = None
 
 
-def last_run(runs: list[SamplingRun]) -> SamplingRun:
-    """The first step is the first run's and the other times are the last run's, when whatever learns has learned."""
-    return runs[-1]._replace(first_step_s=runs[0].first_step_s, next_first_step_s=runs[-1].first_step_s)
+def timed_run(sample: Callable[[], SamplingRun], runs: int) -> SamplingRun:
+    """Sample `runs` times. The first step is the first run's and the other times are the last run's, when whatever
+    learns has learned; the processor's speed is taken right before and right after that one."""
+    earlier = [sample() for _ in range(runs - 1)]
+    before_ms = loop_times_ms()
+    last = sample()
+    loop_ms = statistics.median([*before_ms, *loop_times_ms()])
+    first_step_s = [*earlier, last][0].first_step_s
+    return last._replace(first_step_s=first_step_s, next_first_step_s=last.first_step_s, loop_ms=loop_ms)

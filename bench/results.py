@@ -107,6 +107,7 @@ def lacks(result: Mapping[str, Any]) -> list[str]:
 BRIEF_KEYS = (
     *("name", "error", "step_s_median", "step_s_min", "step_s_max", "ratio_to_resident", "bit_equal"),
     *(
+        "loop_ms",
         "first_step_s",
         "changed_strength_first_step_s",
         "peak_margin_gib",

@@ -44,6 +44,7 @@ def run(name: str, spec: StepSpec, latent_path: Path) -> dict:
         "step_s_median": statistics.median(timed_s),
         "step_s_min": min(timed_s),
         "step_s_max": max(timed_s),
+        "loop_ms": run.loop_ms,
         "prepare_s": measured.prepare_s,
         "first_step_s": run.first_step_s,
         "next_first_step_s": run.next_first_step_s,
