@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 from bench.child import ROOT, ChildError, child_command
@@ -56,6 +57,11 @@ class CardHolder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the process has ended and its memory is given back."""
+        return self._process.poll() is not None
+
     def reset(self) -> CardUse:
         """Forget the lowest free memory seen so far."""
         return self._ask("reset")
@@ -66,11 +72,13 @@ class CardHolder:
     def wait_for_return(self) -> CardUse:
         """Wait until the card has as much free memory as when holding began, then reset.
 
-        Raises ChildError when it has less or more: the next contender would run on another card than the last.
+        Raises ChildError when it has less or more, and ends: the next contender would run on another card than the
+        last.
         """
         deadline = time.monotonic() + RETURN_TIMEOUT_S
         while abs((free_bytes := self.use().free_bytes) - self.start_free_bytes) > RETURN_TOLERANCE_BYTES:
             if time.monotonic() > deadline:
+                self.close()
                 raise ChildError(
                     f"{free_bytes / GIB:.2f} GiB of the card are free and not {self.start_free_bytes / GIB:.2f} GiB: "
                     "another program uses the card, end it and start again"
@@ -81,7 +89,8 @@ class CardHolder:
     def close(self) -> None:
         """End the process and give its memory back; may be called twice."""
         if self._process.stdin is not None and not self._process.stdin.closed:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # a process that has ended reads nothing more
+                self._process.stdin.close()
         self._process.wait()
 
     def _ask(self, command: str) -> CardUse:
@@ -90,6 +99,7 @@ class CardHolder:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
+            self.close()
             raise ChildError("the process that holds the card's memory has ended") from None
         return self._read()
 
@@ -97,6 +107,7 @@ class CardHolder:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self.close()
             raise ChildError("the process that holds the card's memory has ended: its error is printed above")
         return CardUse(**json.loads(line))
 
