@@ -40,7 +40,24 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--link-gib-s", type=float, help="use this link bandwidth and not the measured one")
     add("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files")
     add("--keep", type=Path, help="keep the contenders' logs and latents in this folder")
-    add("--timeout-s", type=float, default=300.0, help="longest run of one contender")
+    add("--timeout-s", type=float, default=300.0, help="longest run of one contender, in each round")
+
+
+def add_rounds(parser: argparse.ArgumentParser) -> None:
+    """Add how often a case's contenders run in turn."""
+    parser.add_argument(
+        "--rounds",
+        type=_read_rounds,
+        default=1,
+        help="run all contenders in turn so often; the figures of each are those of the fastest processor that it met",
+    )
+
+
+def _read_rounds(text: str) -> int:
+    rounds = int(text)
+    if rounds < 1:
+        raise argparse.ArgumentTypeError(f"{rounds} rounds: at least one is needed")
+    return rounds
 
 
 def read_contenders(

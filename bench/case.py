@@ -19,6 +19,7 @@ from bench.contest import run_contenders
 from bench.half import half_free_gib
 from bench.machine import Checkpoint
 from bench.results import Row, even_spread_floor_s, link_floor_s, make_result, write_result
+from bench.rounds import merge_rounds
 from bench.spec import GIB, StepSpec
 from bench.table import format_table
 
@@ -26,18 +27,21 @@ from bench.table import format_table
 def measure_case(
     spec: StepSpec, arguments: argparse.Namespace, machine: dict[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    """Run the contenders that `arguments` name, print what they took, and write and return the result."""
+    """Run the contenders that `arguments` name, in as many rounds, print what they took, and write and return the
+    result."""
     spec = dataclasses.replace(spec, checkpoint_path=checkpoint.path)
-    names, rows = list(arguments.contenders), []
+    names, turns = list(arguments.contenders), []
     print_ceiling(spec, machine, checkpoint.bytes)
     with tempfile.TemporaryDirectory(prefix="layerstream-bench-") as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if spec.free_gib is None:
             first = names.index(HOST_REFERENCE) + 1
-            rows, names = run_contenders(names[:first], spec, folder, arguments.timeout_s), names[first:]
-            spec = with_half_free(spec, checkpoint, rows[-1])
-        rows = run_contenders(names, spec, folder, arguments.timeout_s, before=rows)
+            turns = run_contenders(names[:first], spec, folder, arguments.timeout_s)
+            spec = with_half_free(spec, checkpoint, turns[-1])
+        left = (names * arguments.rounds)[len(turns) :]
+        turns = run_contenders(left, spec, folder, arguments.timeout_s, before=turns)
+    rows = merge_rounds(turns)
     result = result_of(spec, machine, checkpoint, rows)
     print("\n" + format_table(rows))
     print_share(rows, result["floor_s"])

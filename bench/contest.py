@@ -1,18 +1,20 @@
 """Runs the contenders one after the other, each in its own process and on the same free memory.
 
-In: names and a spec. Out: one row each, and files and logs in a folder. A contender that fails gets a row with its
+In: names and a spec. Out: a row a turn, and files and logs in a folder. A contender that fails gets a row with its
 error, and the others still run.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.child import ChildError, run_child
 from bench.contenders import CONTENDERS, missing_reason
 from bench.holder import CardHolder
-from bench.results import Row, add_comparison, add_peak
+from bench.results import Row, add_peak
+from bench.rounds import compare_turns
 from bench.spec import StepSpec
 
 
@@ -21,51 +23,64 @@ def run_contenders(
 ) -> list[Row]:
     """Run `names` in order, files and logs in `folder`, at most `timeout_s` each, and give their rows after `before`.
 
-    Put a reference before those that are compared with it: rows before it have nothing to be compared with. Rows of an
-    earlier call come in `before`, their files in the same folder.
+    A name may come again: each turn has a row and files of its own. Rows of an earlier call come in `before`, their
+    files in the same folder; all are compared with their references once the last has run.
+    Raises ChildError when the card's memory cannot be held in a contender's first turn.
     """
-    rows = list(before)
+    turns = list(before)
     # One holder serves neighbours that want the same free memory: filling a large card takes seconds.
     holder: CardHolder | None = None
     try:
         for name in names:
             reason = missing_reason(name, spec)
             if reason is not None:
-                rows.append({"name": name, "ran": False, "error": reason})
+                turns.append({"name": name, "ran": False, "error": reason})
                 continue
-            free_gib = None if CONTENDERS[name].whole_card else spec.free_gib
-            if spec.device == "cuda" and (holder is None or holder.free_gib != free_gib):
-                if holder is not None:
-                    holder.close()
-                holder = CardHolder(free_gib)
-            row = _run_contender(name, spec, folder, holder, timeout_s)
-            rows.append(row)
-            if "error" in row:
-                print(f"{name}: failed", flush=True)
-                continue
-            reference_name = CONTENDERS[name].reference
-            reference = next((other for other in rows if other["name"] == reference_name), None)
-            add_comparison(row, reference, _latent_path(folder, name), _latent_path(folder, reference_name))
-            print(f"{name}: {row['step_s_median']:.4f} s/step", flush=True)
+            number = 1 + sum(turn["name"] == name for turn in turns)
+            try:
+                if spec.device == "cuda":
+                    holder = _holder_for(name, spec, holder)
+                row = _run_contender(name, spec, folder, number, holder, timeout_s)
+            except ChildError as error:
+                if number == 1:
+                    raise
+                row = {"name": name, "ran": True, "error": str(error)}  # what its earlier turns took is kept
+            turns.append(row)
+            took = "failed" if "error" in row else f"{row['step_s_median']:.4f} s/step"
+            print(f"{name}, round {number}: {took}" if number > 1 else f"{name}: {took}", flush=True)
     finally:
         if holder is not None:
             holder.close()
-    return rows
+    compare_turns(turns, _latent_paths(turns, folder))
+    return turns
 
 
-def _run_contender(name: str, spec: StepSpec, folder: Path, holder: CardHolder | None, timeout_s: float) -> Row:
+def _holder_for(name: str, spec: StepSpec, holder: CardHolder | None) -> CardHolder:
+    """`holder` where it leaves contender `name` what it shall have, or a new one in its place."""
+    free_gib = None if CONTENDERS[name].whole_card else spec.free_gib
+    if holder is not None:
+        if holder.free_gib == free_gib and not holder.is_closed:
+            return holder
+        holder.close()
+    return CardHolder(free_gib)
+
+
+def _run_contender(
+    name: str, spec: StepSpec, folder: Path, number: int, holder: CardHolder | None, timeout_s: float
+) -> Row:
     spec_path = folder / "spec.json"
     spec.write(spec_path)
     is_simulated = spec.device == "cpu" and not CONTENDERS[name].whole_card
     environment = {"LAYERSTREAM_SIMULATE_GIB": str(spec.free_gib)} if is_simulated else {}
+    stem = _stem(name, number)
     try:
         before = None if holder is None else holder.wait_for_return()
         row = run_child(
             "worker",
-            [name, "--spec", str(spec_path), "--latent", str(_latent_path(folder, name))],
+            [name, "--spec", str(spec_path), "--latent", str(folder / f"{stem}.safetensors")],
             timeout_s=timeout_s,
             environment=environment,
-            log_path=folder / f"{name}.log",
+            log_path=folder / f"{stem}.log",
         )
         row["ran"] = True
         if holder is None or before is None:
@@ -78,5 +93,16 @@ def _run_contender(name: str, spec: StepSpec, folder: Path, holder: CardHolder |
         return {"name": name, "ran": True, "error": str(error)}
 
 
-def _latent_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
+def _latent_paths(turns: Sequence[Row], folder: Path) -> list[Path]:
+    """Where each turn's latent is."""
+    numbers: Counter[str] = Counter()
+    paths = []
+    for turn in turns:
+        numbers[turn["name"]] += 1
+        paths.append(folder / f"{_stem(turn['name'], numbers[turn['name']])}.safetensors")
+    return paths
+
+
+def _stem(name: str, number: int) -> str:
+    """The name of the files of a contender's turn; of its first one the contender's own."""
+    return name if number == 1 else f"{name}-{number}"

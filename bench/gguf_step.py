@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from bench.arguments import add_shared_arguments, make_spec, model_size, read_contenders
+from bench.arguments import add_rounds, add_shared_arguments, make_spec, model_size, read_contenders
 from bench.case import measure_case
 from bench.checkpoint import SEED
 from bench.child import saying_why
@@ -34,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--free-gib", type=float, required=True, help="GiB that the card has free for a contender")
     parser.add_argument("--pack", type=Path, help=f"folder of the ComfyUI-GGUF pack; {PACK_VARIABLE} names it too")
     add_shared_arguments(parser)
+    add_rounds(parser)
     parser.set_defaults(contenders=",".join(STANDARD), results=Path(__file__).parent / "results" / "gguf")
     arguments = parser.parse_args()
     arguments.contenders = read_contenders(parser, arguments)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.arguments import add_shared_arguments, make_spec, read_contenders
+from bench.arguments import add_rounds, add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
 from bench.child import saying_why
 from bench.half import read_free
@@ -53,9 +53,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--delete-checkpoints", action="store_true", help="delete a family's file after its last case")
     parser.add_argument(
-        "--stop-after-s", type=float, help="start no case that would end later than this, to judge by the longest yet"
+        "--stop-after-s",
+        type=float,
+        help="start no case that would end later than this, to judge by the longest yet; a case is all of its rounds",
     )
     add_shared_arguments(parser)
+    add_rounds(parser)
     arguments = parser.parse_args()
     arguments.contenders = read_contenders(parser, arguments)
     return arguments

@@ -15,7 +15,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from bench.arguments import add_shared_arguments, make_spec, read_contenders
+from bench.arguments import add_rounds, add_shared_arguments, make_spec, read_contenders
 from bench.case import measure_case
 from bench.child import saying_why
 from bench.half import read_free
@@ -34,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=1.0, help="above 1 the model runs for a negative prompt too")
     parser.add_argument("--checkpoint", type=Path, help="a model file of the family instead of random weights")
     add_shared_arguments(parser)
+    add_rounds(parser)
     arguments = parser.parse_args()
     arguments.contenders = read_contenders(parser, arguments)
     return arguments

@@ -1,4 +1,5 @@
-"""The rows of a benchmark as a text table; what went wrong stands below it in words."""
+"""The rows of a benchmark as a text table; what went wrong stands below it in words, and so does a
+processor that was slower for some of them."""
 
 from __future__ import annotations
 
@@ -23,6 +24,10 @@ COLUMNS = (
 )
 """Heading, key and decimal places."""
 
+SLOWER = 1.1
+"""How much slower the processor may have been for a contender without a word."""
+MORE_ROUNDS = 2
+
 BITS = {True: "equal", False: "DIFFER", None: "-"}
 
 
@@ -37,15 +42,33 @@ def format_table(rows: Sequence[Row]) -> str:
             lines.append([row["name"], BITS[row["bit_equal"]], *numbers])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, *[remark for row in rows for remark in _remarks(row)]])
+    return "\n".join([*text, *[remark for row in rows for remark in _remarks(row)], *_slow_processor(rows)])
+
+
+def _slow_processor(rows: Sequence[Row]) -> list[str]:
+    """A line that names those whose times would have been shorter on the processor as the others met it, if any."""
+    timed = [row for row in rows if row.get("loop_ms") is not None]  # older results have none
+    least_ms = min((row["loop_ms"] for row in timed), default=0.0)
+    slow = [row for row in timed if row["loop_ms"] > SLOWER * least_ms]
+    if not slow:
+        return []
+    said = [f"{row['loop_ms'] / least_ms:.1f} times slower while {row['name']} ran" for row in slow]
+    rounds = max(len(row.get("rounds", [row])) for row in timed) + MORE_ROUNDS
+    return [f"the processor was {', '.join(said)}: repeat with --rounds {rounds}"]
 
 
 def _remarks(row: Row) -> list[str]:
     if "error" in row:
         return ["", f"{row['name']}: {row['error']}"]
+    rounds = row.get("rounds", [])
+    failed = [each["error"].splitlines()[-1] for each in rounds if "error" in each]
+    other = sum(each.get("bit_equal") is False for each in rounds)
     remarks = []
+    if failed:
+        remarks.append(f"{row['name']}: failed in {len(failed)} of {len(rounds)} rounds: {failed[0]}")
     if row["bit_equal"] is False:
-        remarks.append(f"{row['name']}: its output differs by up to {row['max_abs_difference']:.3g}")
+        where = f" in {other} of {len(rounds)} rounds" if len(rounds) > 1 else ""
+        remarks.append(f"{row['name']}: its output differs{where} by up to {row['max_abs_difference']:.3g}")
     if not row["latent_is_finite"]:
         remarks.append(f"{row['name']}: its output holds NaN or infinity, so that equal bits prove little")
     if row["report"].get("predicted_step_ms") is not None:

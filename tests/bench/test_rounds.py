@@ -1,0 +1,361 @@
+"""Contenders that run several times in turn: which turn counts, and what of the others must not be lost."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bench import case, contest
+from bench.arguments import add_rounds
+from bench.child import ChildError
+from bench.contest import run_contenders
+from bench.holder import CardUse
+from bench.machine import Checkpoint
+from bench.results import lacks
+from bench.rounds import merge_rounds
+from bench.spec import GIB, Picture, StepSpec
+from bench.table import format_table
+from bench.worker import latent_sha256
+from scripts.measured import picture, table
+from scripts.pack import ROOT
+
+NAMES = ["resident", "layerstream"]
+MACHINE = {"device": "card", "device_gib": 80, "ram_gib": 64, "torch": "2", "cuda": "13", "link_gib_s": None}
+
+
+class Turn(SimpleNamespace):
+    """What a worker is to find: seconds a step, the loop's time, the latent's values; or the error it ends with."""
+
+    def __init__(self, step_s: float = 1.0, loop_ms: float = 10.0, latent: float = 0.5, error: str = "") -> None:
+        super().__init__(step_s=step_s, loop_ms=loop_ms, latent=latent, error=error)
+
+
+class Workers:
+    """Stands for the worker processes: gives each contender's turns in order, and writes their latents."""
+
+    def __init__(self, **turns: list[Turn]) -> None:
+        self.turns = {name.replace("_", "-"): list(listed) for name, listed in turns.items()}
+        self.order: list[str] = []
+        self.free_gib: list[float | None] = []
+        self.timeouts_s: list[float] = []
+
+    def run(self, module: str, arguments: list[str], *, timeout_s: float, **options: Any) -> dict[str, Any]:
+        name, _, spec_path, _, latent_path = arguments
+        turn = self.turns[name].pop(0)
+        self.order.append(name)
+        self.free_gib.append(StepSpec.read(Path(spec_path)).free_gib)
+        self.timeouts_s.append(timeout_s)
+        if turn.error:
+            raise ChildError(turn.error)
+        latent = torch.full((2, 3), turn.latent)
+        save_file({"latent": latent}, latent_path)
+        row = {
+            "name": name,
+            "step_s_median": turn.step_s,
+            "step_s_min": turn.step_s,
+            "step_s_max": turn.step_s,
+            "loop_ms": turn.loop_ms,
+            "first_step_s": turn.step_s,
+            "calls_per_step": 1.0,
+            **dict.fromkeys(("resident_gib", "streamed_gib_per_step", "moved_gib_per_step"), 1.0),
+            **dict.fromkeys(("allocated_peak_gib", "reserved_peak_gib"), 1.0),
+            "dtype": "bfloat16",
+            "comfyui": "0",
+            "latent_sha256": latent_sha256(latent),
+            "latent_is_finite": True,
+            "report": {},
+            "trace": None,
+        }
+        return json.loads(json.dumps(row))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> StepSpec:
+    return StepSpec(
+        family="zimage",
+        size="narrow",
+        device="cpu",
+        host_path=str(tmp_path),
+        checkpoint_path="model.safetensors",
+        free_gib=8.0,
+        picture=Picture(64, 64),
+    )
+
+
+@pytest.fixture
+def rows_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: StepSpec):
+    """The rows that come of each contender's turns."""
+
+    def rows(**turns: list[Turn]) -> dict[str, dict[str, Any]]:
+        workers = Workers(**turns)
+        monkeypatch.setattr(contest, "run_child", workers.run)
+        names = list(workers.turns) * max(map(len, turns.values()))
+        return {row["name"]: row for row in merge_rounds(run_contenders(names, spec, tmp_path, 60.0))}
+
+    return rows
+
+
+# -- which round counts ------------------------------------------------------------------------------------------------
+
+
+def test_each_contenders_figures_are_those_of_the_round_with_the_fastest_processor(rows_of) -> None:
+    rows = rows_of(
+        resident=[Turn(2.0, 18.0), Turn(1.0, 10.0), Turn(0.9, 11.0)],
+        layerstream=[Turn(1.2, 10.0), Turn(1.9, 17.0), Turn(1.1, 12.0)],
+    )
+    assert (rows["resident"]["step_s_median"], rows["resident"]["loop_ms"]) == (1.0, 10.0)
+    assert (rows["layerstream"]["step_s_median"], rows["layerstream"]["loop_ms"]) == (1.2, 10.0)
+    # Against the reference's own best processor, not against the round beside it.
+    assert rows["layerstream"]["ratio_to_resident"] == 1.2
+    assert [(each["step_s_median"], each["loop_ms"]) for each in rows["layerstream"]["rounds"]] == [
+        (1.2, 10.0),
+        (1.9, 17.0),
+        (1.1, 12.0),
+    ]
+
+
+def test_one_round_is_a_round(rows_of) -> None:
+    rows = rows_of(resident=[Turn()], layerstream=[Turn(1.5, 11.0)])
+    assert rows["layerstream"]["rounds"] == [{"step_s_median": 1.5, "loop_ms": 11.0, "bit_equal": True}]
+    assert rows["layerstream"]["ratio_to_resident"] == 1.5
+
+
+# -- bits --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [0, 1, 2])
+def test_other_bits_in_one_round_are_the_rows_whichever_round_counts(rows_of, other: int) -> None:
+    turns = [Turn(loop_ms=12.0), Turn(loop_ms=10.0), Turn(loop_ms=11.0)]
+    turns[other].latent = 0.75
+    rows = rows_of(resident=[Turn(), Turn(), Turn()], layerstream=turns)
+    row = rows["layerstream"]
+    assert (row["loop_ms"], row["bit_equal"], row["max_abs_difference"]) == (10.0, False, 0.25)
+    assert [each["bit_equal"] for each in row["rounds"]] == [number != other for number in range(3)]
+    assert rows["resident"]["bit_equal"] is True
+    assert "layerstream: its output differs in 1 of 3 rounds by up to 0.25" in format_table(list(rows.values()))
+    assert lacks({"contenders": list(rows.values())}) == ["layerstream has other bits than its reference"]
+
+
+def test_the_largest_difference_of_all_rounds_is_told_and_nan_is_larger(rows_of) -> None:
+    turns = [Turn(latent=0.75), Turn(latent=1.5), Turn(latent=0.5)]
+    row = rows_of(resident=[Turn(), Turn(), Turn()], layerstream=turns)["layerstream"]
+    assert row["max_abs_difference"] == 1.0
+    turns = [Turn(latent=0.75), Turn(latent=float("nan"))]
+    row = rows_of(resident=[Turn(), Turn()], layerstream=turns)["layerstream"]
+    assert row["bit_equal"] is False and row["max_abs_difference"] != row["max_abs_difference"]
+
+
+def test_a_reference_that_differs_from_itself_is_told(rows_of) -> None:
+    rows = rows_of(resident=[Turn(), Turn(latent=0.75)], layerstream=[Turn(), Turn()])
+    assert rows["resident"]["bit_equal"] is False
+    assert rows["layerstream"]["bit_equal"] is True
+
+
+def test_without_a_reference_rounds_that_differ_are_unequal_and_others_unknown(rows_of) -> None:
+    rows = rows_of(layerstream=[Turn(), Turn(latent=0.75)], lowvram=[Turn(), Turn()])
+    assert (rows["layerstream"]["bit_equal"], rows["layerstream"]["ratio_to_resident"]) == (False, None)
+    assert (rows["lowvram"]["bit_equal"], rows["lowvram"]["ratio_to_resident"]) == (None, None)
+    assert "layerstream: its output differs in 1 of 2 rounds by up to 0.25" in format_table(list(rows.values()))
+
+
+# -- rounds that failed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_round_that_failed_does_not_hide_one_that_ran_and_is_not_hidden(rows_of, failed: int) -> None:
+    turns = [Turn(1.5, 12.0)]
+    turns.insert(failed, Turn(error="a trace\nout of memory"))
+    rows = rows_of(resident=[Turn(), Turn()], layerstream=turns)
+    row = rows["layerstream"]
+    assert "error" not in row and (row["step_s_median"], row["bit_equal"]) == (1.5, True)
+    assert row["rounds"][failed] == {"step_s_median": None, "loop_ms": None, "error": "a trace\nout of memory"}
+    assert "layerstream: failed in 1 of 2 rounds: out of memory" in format_table(list(rows.values()))
+
+
+def test_a_contender_that_failed_in_all_rounds_is_failed(rows_of) -> None:
+    rows = rows_of(resident=[Turn(), Turn()], layerstream=[Turn(error="first"), Turn(error="second")])
+    assert (rows["layerstream"]["ran"], rows["layerstream"]["error"]) == (True, "first")
+    assert [each["error"] for each in rows["layerstream"]["rounds"]] == ["first", "second"]
+    assert "layerstream: first" in format_table(list(rows.values()))
+
+
+def test_outputs_are_compared_with_a_reference_that_ran_in_another_round(rows_of) -> None:
+    rows = rows_of(
+        resident=[Turn(error="out of memory"), Turn(1.0, 13.0)],
+        layerstream=[Turn(1.5, 10.0, latent=0.75), Turn(1.6, 11.0)],
+    )
+    row = rows["layerstream"]
+    assert (row["step_s_median"], row["ratio_to_resident"], row["bit_equal"]) == (1.5, 1.5, False)
+
+
+def test_a_contender_that_cannot_run_here_is_absent_once(rows_of) -> None:
+    rows = rows_of(resident=[Turn(), Turn()], gguf_pack=[])
+    assert (rows["gguf-pack"]["ran"], "rounds" in rows["gguf-pack"]) == (False, False)
+
+
+# -- the card ----------------------------------------------------------------------------------------------------------
+
+
+class Holder:
+    """Stands for the process that holds the card; its memory never comes back where `is_stuck`."""
+
+    opened: list[float | None] = []
+    failing: set[int] = set()
+    stuck: set[int] = set()
+
+    def __init__(self, free_gib: float | None) -> None:
+        self.number = len(Holder.opened)
+        Holder.opened.append(free_gib)
+        if self.number in Holder.failing:
+            raise ChildError("the process that holds the card's memory has ended")
+        self.free_gib, self.is_closed = free_gib, False
+
+    def wait_for_return(self) -> CardUse:
+        assert not self.is_closed
+        if self.number in Holder.stuck:
+            self.close()
+            raise ChildError("another program uses the card")
+        return CardUse(8 * GIB, 8 * GIB)
+
+    def use(self) -> CardUse:
+        return CardUse(8 * GIB, 2 * GIB)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: StepSpec):
+    """Rows by name and the free memory of the holders that were opened, given the names and which holders fail."""
+
+    def run(names: list[str], failing: set[int] = frozenset(), stuck: set[int] = frozenset()):  # type: ignore[assignment]
+        workers = Workers(**{name.replace("-", "_"): [Turn() for _ in names] for name in names})
+        monkeypatch.setattr(contest, "run_child", workers.run)
+        monkeypatch.setattr(contest, "CardHolder", Holder)
+        Holder.opened, Holder.failing, Holder.stuck = [], set(failing), set(stuck)
+        turns = run_contenders(names, dataclasses.replace(spec, device="cuda"), tmp_path, 60.0)
+        return {row["name"]: row for row in merge_rounds(turns)}, Holder.opened
+
+    return run
+
+
+def test_neighbours_share_a_holder_over_the_end_of_a_round_and_others_do_not(on_card) -> None:
+    assert on_card(["layerstream", "lowvram"] * 2)[1] == [8.0]
+    assert on_card(NAMES * 2)[1] == [None, 8.0, None, 8.0]
+
+
+def test_a_holder_that_failed_is_not_used_in_the_next_round(on_card) -> None:
+    rows, opened = on_card(["layerstream"] * 3, stuck={0})
+    assert opened == [8.0, 8.0]
+    assert ["error" in each for each in rows["layerstream"]["rounds"]] == [True, False, False]
+
+
+def test_a_card_that_cannot_be_held_ends_the_first_round_and_costs_a_later_one(on_card) -> None:
+    with pytest.raises(ChildError):
+        on_card(NAMES, failing={1})
+    rows, opened = on_card(NAMES * 3, failing={3})
+    assert opened == [None, 8.0, None, 8.0, None, 8.0]
+    assert ["error" in each for each in rows["layerstream"]["rounds"]] == [False, True, False]
+    assert all("error" not in each for each in rows["resident"]["rounds"])
+
+
+# -- a case of several rounds ------------------------------------------------------------------------------------------
+
+
+def measured(
+    workers: Workers, spec: StepSpec, monkeypatch: pytest.MonkeyPatch, folder: Path, rounds: int, names: list[str]
+) -> dict[str, Any]:
+    monkeypatch.setattr(contest, "run_child", workers.run)
+    arguments = argparse.Namespace(contenders=names, rounds=rounds, timeout_s=7.0, keep=None, results=folder)
+    return case.measure_case(spec, arguments, MACHINE, Checkpoint("model.safetensors", 4 * GIB))
+
+
+def test_all_contenders_run_in_order_as_often_as_asked_and_the_file_has_all_rounds(
+    monkeypatch: pytest.MonkeyPatch, spec: StepSpec, tmp_path: Path
+) -> None:
+    workers = Workers(resident=[Turn(), Turn()], layerstream=[Turn(), Turn()])
+    measured(workers, spec, monkeypatch, tmp_path / "results", 2, NAMES)
+    assert workers.order == NAMES * 2
+    assert workers.timeouts_s == [7.0] * 4
+    (file,) = (tmp_path / "results").glob("*.json")
+    written = json.loads(file.read_text())
+    assert [(row["name"], len(row["rounds"])) for row in written["contenders"]] == [("resident", 2), ("layerstream", 2)]
+    assert "1.000 s (1.00)" in table([written])
+
+
+def test_half_of_a_model_is_what_the_first_round_shows_and_all_rounds_have_it(
+    monkeypatch: pytest.MonkeyPatch, spec: StepSpec, tmp_path: Path
+) -> None:
+    half = dataclasses.replace(spec, free_gib=None, is_half=True)
+    monkeypatch.setattr(case, "half_free_gib", lambda checkpoint, resident: 10 * resident["step_s_median"])
+    workers = Workers(
+        resident=[Turn(0.3), Turn(0.2)], lowvram=[Turn(), Turn()], layerstream=[Turn(), Turn(latent=0.75)]
+    )
+    names = ["resident", "lowvram", "layerstream"]
+    result = measured(workers, half, monkeypatch, tmp_path / "results", 2, names)
+    assert workers.order == names * 2
+    assert workers.free_gib == [None, *[3.0] * 5]
+    assert result["free_gib"] == 3.0
+    assert [row["bit_equal"] for row in result["contenders"]] == [True, True, False]
+
+
+def test_rounds_are_one_or_more() -> None:
+    parser = argparse.ArgumentParser()
+    add_rounds(parser)
+    assert parser.parse_args([]).rounds == 1
+    assert parser.parse_args(["--rounds", "3"]).rounds == 3
+    for text in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--rounds", text])
+
+
+# -- what is said of the processor -------------------------------------------------------------------------------------
+
+
+def said(rows: dict[str, dict[str, Any]]) -> list[str]:
+    return [line for line in format_table(list(rows.values())).splitlines() if "processor" in line]
+
+
+def test_a_processor_that_was_slower_for_some_is_said_with_names_and_factors(rows_of) -> None:
+    rows = rows_of(resident=[Turn(loop_ms=10.0)], layerstream=[Turn(loop_ms=16.0)], lowvram=[Turn(loop_ms=10.9)])
+    assert said(rows) == ["the processor was 1.6 times slower while layerstream ran: repeat with --rounds 3"]
+    rows = rows_of(resident=[Turn(loop_ms=18.0)], layerstream=[Turn(loop_ms=10.0)], lowvram=[Turn(loop_ms=12.0)])
+    assert said(rows) == [
+        "the processor was 1.8 times slower while resident ran, 1.2 times slower while lowvram ran: "
+        "repeat with --rounds 3"
+    ]
+
+
+def test_a_processor_that_was_as_fast_for_all_in_their_best_rounds_is_not_spoken_of(rows_of) -> None:
+    assert said(rows_of(resident=[Turn(loop_ms=10.0)], layerstream=[Turn(loop_ms=11.0)])) == []
+    slow_and_fast = [Turn(loop_ms=18.0), Turn(loop_ms=10.0)]
+    assert said(rows_of(resident=list(slow_and_fast), layerstream=slow_and_fast[::-1])) == []
+    assert said(rows_of(resident=[Turn()], layerstream=[Turn(error="out of memory")])) == []
+
+
+def test_more_rounds_are_advised_than_there_were(rows_of) -> None:
+    rows = rows_of(resident=[Turn() for _ in range(3)], layerstream=[Turn(loop_ms=15.0) for _ in range(3)])
+    assert said(rows) == ["the processor was 1.5 times slower while layerstream ran: repeat with --rounds 5"]
+
+
+# -- older results -----------------------------------------------------------------------------------------------------
+
+
+def test_results_from_before_there_were_rounds_are_read_as_ever() -> None:
+    files = [path for path in (ROOT / "bench" / "results").rglob("*.json") if path.parent.name != "startup"]
+    assert files
+    for result in [json.loads(path.read_text(encoding="utf-8")) for path in files]:
+        for row in result["contenders"]:
+            for key in ("loop_ms", "rounds"):
+                row.pop(key, None)
+        assert table([result]).count("\n") == 2
+        assert picture([result]).startswith("<svg")
+        lacks(result)
+        text = format_table([{"trace": None, **row} for row in result["contenders"]])
+        assert "processor" not in text and "rounds" not in text
