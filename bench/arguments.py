@@ -49,7 +49,7 @@ def add_rounds(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=_read_rounds,
         default=1,
-        help="run all contenders in turn so often; the figures of each are those of the fastest processor that it met",
+        help="run all contenders in turn so often; the figures of each are those of its median round",
     )
 
 

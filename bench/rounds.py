@@ -1,8 +1,8 @@
 """The turns of contenders that ran several times become one row each.
 
 In: a row a turn, in the order in which they ran, and each one's latent. Out: how a turn compares with its reference,
-and for each contender the row of the turn that met the fastest processor. Nothing that went wrong in another turn is
-left out: other bits are the row's too, and a turn that failed stands in its `rounds`.
+and for each contender the row of the median turn of those that met the fastest processor. Nothing that went wrong in
+another turn is left out: other bits are the row's too, and a turn that failed stands in its `rounds`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contenders import CONTENDERS
+from bench.processor import SLOWER
 from bench.results import Row, add_comparison
 
 
@@ -50,11 +51,11 @@ def merge_rounds(turns: Sequence[Row]) -> list[Row]:
 
 
 def _merged(turns: Sequence[Row]) -> Row:
-    """The turn with the least `loop_ms`, or the first where none ran, and what became of all of them."""
+    """The turn that counts, or the first where none ran, and what became of all of them."""
     if not turns[0]["ran"]:
         return dict(turns[0])  # it cannot run here, in no round
     finished = [turn for turn in turns if "error" not in turn]
-    row = dict(min(finished, key=lambda turn: turn["loop_ms"]) if finished else turns[0])
+    row = dict(_median_of_fastest(finished) if finished else turns[0])
     row["rounds"] = [_round(turn) for turn in turns]
     other = [turn for turn in finished if turn["bit_equal"] is False]
     if other:
@@ -62,6 +63,13 @@ def _merged(turns: Sequence[Row]) -> Row:
         row["bit_equal"] = False
         row["max_abs_difference"] = math.nan if any(map(math.isnan, differences)) else max(differences)
     return row
+
+
+def _median_of_fastest(turns: Sequence[Row]) -> Row:
+    """Of the turns that met the fastest processor, the one with the median step, of two the faster."""
+    least_ms = min(turn["loop_ms"] for turn in turns)
+    near = [turn for turn in turns if turn["loop_ms"] <= SLOWER * least_ms]
+    return sorted(near, key=lambda turn: turn["step_s_median"])[(len(near) - 1) // 2]
 
 
 def _round(turn: Row) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.processor import SLOWER
 from bench.results import Row
 from bench.spec import GIB
 from bench.timeline import format_timeline
@@ -24,8 +25,6 @@ COLUMNS = (
 )
 """Heading, key and decimal places."""
 
-SLOWER = 1.1
-"""How much slower the processor may have been for a contender without a word."""
 MORE_ROUNDS = 2
 
 BITS = {True: "equal", False: "DIFFER", None: "-"}

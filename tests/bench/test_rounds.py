@@ -106,7 +106,7 @@ def rows_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: StepSpec):
 
 def test_each_contenders_figures_are_those_of_the_round_with_the_fastest_processor(rows_of) -> None:
     rows = rows_of(
-        resident=[Turn(2.0, 18.0), Turn(1.0, 10.0), Turn(0.9, 11.0)],
+        resident=[Turn(2.0, 18.0), Turn(1.0, 10.0), Turn(0.9, 11.5)],
         layerstream=[Turn(1.2, 10.0), Turn(1.9, 17.0), Turn(1.1, 12.0)],
     )
     assert (rows["resident"]["step_s_median"], rows["resident"]["loop_ms"]) == (1.0, 10.0)
@@ -118,6 +118,15 @@ def test_each_contenders_figures_are_those_of_the_round_with_the_fastest_process
         (1.9, 17.0),
         (1.1, 12.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps_s", "median_s"), [((1.3, 0.9, 1.1), 1.1), ((1.3, 0.9), 0.9), ((1.3, 1.1, 0.9, 1.2), 1.1)]
+)
+def test_of_rounds_with_the_same_processor_the_median_counts(rows_of, steps_s, median_s) -> None:
+    turns = [Turn(step_s, loop_ms) for step_s, loop_ms in zip(steps_s, (10.0, 10.9, 10.4, 10.1), strict=False)]
+    rows = rows_of(layerstream=[*turns, Turn(0.5, 12.0)], resident=[Turn() for _ in range(len(turns) + 1)])
+    assert rows["layerstream"]["step_s_median"] == median_s
 
 
 def test_one_round_is_a_round(rows_of) -> None:
