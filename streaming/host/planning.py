@@ -19,9 +19,10 @@ from .streams import ModelStream, Way
 
 logger = logging.getLogger("layerstream")
 
-# A plan that still fits is kept unless a new one takes this much less time a step, or, while nothing was timed, keeps
-# this much more of the model on the card.
+# A plan that still fits is kept unless a new one takes this much less time a step, and more where it was made from
+# measured times itself, or, while nothing was timed, keeps this much more of the model on the card.
 WORTH_IN_TIME = 0.015
+WORTH_IN_TIME_AGAIN = 0.03
 WORTH_IN_SIZE = 0.02
 
 # What free memory may fall by between runs, as a share of the model, before a plan that worked is given up: it reads a
@@ -90,7 +91,8 @@ def _does(stream: ModelStream, settings: StreamingSettings, present: Plan, plan:
         return False
     now = stream.session.expect(present)
     if now is not None and plan.expected is not None:
-        return plan.expected.step_ms > (1 - WORTH_IN_TIME) * now.step_ms
+        worth = WORTH_IN_TIME if present.expected is None else WORTH_IN_TIME_AGAIN
+        return plan.expected.step_ms > (1 - worth) * now.step_ms
     return plan.resident_bytes - present.resident_bytes < WORTH_IN_SIZE * total_bytes
 
 

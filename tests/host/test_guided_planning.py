@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import comfy.sampler_helpers
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from layerstream.streaming.engine.forecast import Forecast
 from layerstream.streaming.engine.plan import BudgetTooSmall, Packing, Plan
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.host.families import Family
@@ -145,3 +147,20 @@ def test_halves_that_ran_in_one_batch_do_again_whatever_is_free_and_others_do_no
     free_bytes = 0.0
     assert run(64) == [2] * 4
     assert run(96) == [1] * 8, "another kind of run is estimated for itself"
+
+
+@pytest.mark.parametrize(
+    ("was_measured", "gain", "is_kept"),
+    [(False, 0.01, True), (False, 0.02, False), (True, 0.02, True), (True, 0.04, False)],
+)
+def test_a_plan_made_from_measured_times_is_given_up_for_more(monkeypatch, planned, was_measured, gain, is_kept):
+    planned.estimates = needing(both_mib=34, single_mib=27)
+    present = choose(planned)
+    planned.session.load(present)
+    planned.load_id = planned.model.current_weight_patches_uuid = object()
+    plan = replace(present, link_bytes=present.link_bytes + 1, expected=Forecast(100 * (1 - gain), 50, 0, 60))
+    monkeypatch.setattr(planned.session, "propose", lambda *_, **options: plan)
+    monkeypatch.setattr(planned.session, "expect", lambda _: Forecast(100, 50, 0, 60))
+    planned.session.plan = present = replace(present, expected=Forecast(99, 50, 0, 60) if was_measured else None)
+    assert planned.is_in_place
+    assert choose(planned) is (present if is_kept else plan)
