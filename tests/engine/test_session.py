@@ -111,6 +111,22 @@ def test_departures_cost_copies_and_never_bits(orders, prefetch):
     walker.order = list(range(8))
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_blocks_that_run_several_times_are_there_each_time(prefetch, is_packed):
+    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
+    walker.order = [0, 0, 1, 2, 2, 2, 3, 1, 4, 5, 6, 6, 7]
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, device)
+    session.load(plan_for(session, ALL_STREAMED, prefetch, is_packed))
+    for _ in range(4):
+        assert torch.equal(one_pass(session, walker, x), expected)
+    last = session.meter.last
+    assert (last.hits, last.misses, last.departures) == (len(walker.order), 0, 0)
+    session.close()
+
+
 class Stop(BaseException):
     """As ComfyUI's interrupt, it is no Exception, so hooks that only see exceptions miss it."""
 
