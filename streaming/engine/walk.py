@@ -6,6 +6,7 @@ never gives a wrong result, because the pipeline fetches whatever a block needs 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 
@@ -15,7 +16,7 @@ class Walk:
     def __init__(self, order: Sequence[int]) -> None:
         self.blocks = set(order)
         self._order = list(order)
-        self._position = 0
+        self._ahead = deque(order)
         self._trace: list[int] = []
         self._previous: list[int] = []
         self.is_learned = False
@@ -25,28 +26,20 @@ class Walk:
         return tuple(self._order)
 
     def begin(self) -> None:
-        self._position = 0
+        self._ahead = deque(self._order)
         self._trace = []
 
     def arrive(self, index: int) -> bool:
         """Note that block `index` starts; True if it was not the one predicted."""
         self._trace.append(index)
-        ahead = self._find(index)
-        if ahead is not None:
-            self._position += ahead + 1
-        return self.is_learned and ahead != 0
-
-    def _find(self, index: int) -> int | None:
-        """How many places ahead `index` is predicted, within one round."""
-        for ahead in range(len(self._order)):
-            if self._order[(self._position + ahead) % len(self._order)] == index:
-                return ahead
-        return None
+        distance = self._ahead.index(index) if index in self._ahead else None
+        if distance is not None:
+            self._ahead.rotate(-1 - distance)
+        return self.is_learned and distance != 0
 
     def ahead(self) -> Iterator[int]:
         """The blocks that run next, soonest first, for one round; a block that runs several times comes as often."""
-        for ahead in range(len(self._order)):
-            yield self._order[(self._position + ahead) % len(self._order)]
+        return iter(self._ahead)
 
     def finish(self) -> bool:
         """End a whole pass; True if its order was adopted: at once the first time, later when seen twice in a row.
