@@ -184,17 +184,14 @@ class Pipeline:
         counts = self._meter.current
         counts.departures += self._walk.arrive(index)
         moving = self._moving[index]
-        stages: list[Stage] = []
-        if moving.source is not None:
-            stages.append(self._copying)
-        if moving.layout is not None:
-            stages.append(self._restoring)
-        place = stages[-1].ring.places[index]
+        last: Stage = self._copying if moving.layout is None else self._restoring
+        place = last.ring.places[index]
         if place.is_held:
             counts.hits += 1
             return place
         counts.misses += 1
-        return place if all(stage.bring_now(index) for stage in stages) else None
+        is_there = moving.source is None or self._copying.bring_now(index)
+        return place if is_there and last.bring_now(index) else None
 
     def _aside(self, index: int) -> Place:
         """Restore a packed block into memory of its own, while compute waits."""
@@ -235,8 +232,9 @@ class Pipeline:
 
     def _refill(self) -> None:
         """Start what can be started: restoring leaves room for copies, and a copy on its way can be restored next."""
-        self._restoring.refill()
-        if self._copying.refill():
+        lacks_copy = self._restoring.refill()
+        self._copying.refill()
+        if lacks_copy:
             self._restoring.refill()
 
     def _slots_of(self, index: int, memory: torch.Tensor) -> list[Slot]:

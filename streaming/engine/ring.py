@@ -11,7 +11,7 @@ from packed copies has another, smaller one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -50,7 +50,7 @@ class Ring:
         self._bytes = max(ring_bytes, max(map(align, sizes.values()), default=0))
         self._memory = device.allocate(self._bytes)
         self.places = {index: Place(index, device) for index in sizes}
-        self.missing = len(sizes)
+        self.missing = set(sizes)
         self._held: list[Place] = []
         self.arrange(order)
 
@@ -67,31 +67,34 @@ class Ring:
             place.start, place.end = start, start + self._sizes[index]
             place.memory = self._memory[place.start : place.end]
 
-    def can_give(self, index: int, soon: Collection[int]) -> bool:
-        """True when nothing lies in the place of block `index` that is bound or that one of `soon` will need."""
-        return not any(other.is_bound or other.index in soon for other in self._in_the_way(self.places[index]))
+    def give(self, index: int, stream: Stream, soon: Collection[int], is_past: Callable[[int], bool]) -> Place | None:
+        """Take the place of block `index` for what `stream` brings, after whatever on the device still reads there.
 
-    def give(self, index: int, stream: Stream) -> Place:
-        """Take the place of block `index` for what `stream` brings, after whatever on the device still reads there."""
+        None if something lies there that is bound, or that belongs to one of `soon` and `is_past` does not say that
+        it has served.
+        """
         place = self.places[index]
-        for other in self._in_the_way(place):
-            assert not other.is_bound, "a block was given memory that another one reads"
+        start, end = place.start, place.end
+        in_the_way = []
+        for other in self._held:
+            if other.start < end and start < other.end:
+                if other.is_bound or (other.index in soon and not is_past(other.index)):
+                    return None
+                in_the_way.append(other)
+        for other in in_the_way:
             stream.wait_event(other.free)
             self.let_go(other)
             self._device.discard(other.memory, stream)
         place.is_held = place.is_fresh = True
         self._held.append(place)
-        self.missing -= 1
+        self.missing.remove(index)
         return place
-
-    def _in_the_way(self, place: Place) -> list[Place]:
-        return [other for other in self._held if other.start < place.end and place.start < other.end]
 
     def let_go(self, place: Place) -> None:
         """Take note that nothing that anyone wants lies in `place` any more."""
         place.is_held = place.is_fresh = False
         self._held.remove(place)
-        self.missing += 1
+        self.missing.add(place.index)
 
     def empty(self) -> None:
         """Forget what the ring holds, but for what is bound."""
@@ -103,5 +106,5 @@ class Ring:
         held = sorted(self._held, key=lambda place: place.start)
         for first, second in itertools.pairwise(held):
             assert first.end <= second.start, "two blocks hold the same bytes of the ring"
-        assert self.missing == sum(not place.is_held for place in self.places.values())
+        assert self.missing == {index for index, place in self.places.items() if not place.is_held}
         assert all(place.is_held for place in self.places.values() if place.is_bound), "a block is bound unheld"

@@ -6,7 +6,7 @@ has a stream of its own, so that both run beside compute and beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
@@ -39,39 +39,38 @@ class Stage:
         self._meter = meter
 
     def refill(self) -> bool:
-        """Bring the blocks ahead, soonest first, until one's place is still needed by a sooner one; True if any was."""
-        has_begun = False
-        if not self.ring.missing:
-            return has_begun
+        """Bring the blocks ahead, soonest first, until one's place is still needed by a sooner one; True if it ends
+        before, at a block of which what it is made of is neither there nor on its way.
+        """
+        missing = self.ring.missing
+        if not missing:
+            return False
         soon: list[int] = []
         for index in self._walk.ahead():
-            place = self.ring.places.get(index)
-            if place is None or self._is_past(index):
-                continue
-            if not place.is_held:
-                if not self.ring.can_give(index, soon) or not self._can_bring(index):
-                    break
-                self._start(index)
-                has_begun = True
+            if index in missing and not self._is_past(index):
+                if not self._can_bring(index):
+                    return True
+                if not self._start(index, soon):
+                    return False
             soon.append(index)
-        return has_begun
+        return False
 
     def bring_now(self, index: int) -> bool:
         """Have the block in its place, though nobody foresaw it; False where one that is in use lies there."""
-        if not self.ring.places[index].is_held:
-            if not self.ring.can_give(index, soon=()):
-                return False
-            self._start(index)
-        return True
+        return self.ring.places[index].is_held or self._start(index, soon=())
 
-    def _start(self, index: int) -> None:
-        place = self.ring.give(index, self.stream)
+    def _start(self, index: int, soon: Collection[int]) -> bool:
+        """Start bringing the block; False where what is in use or needed `soon` lies in its place."""
+        place = self.ring.give(index, self.stream, soon, self._is_past)
+        if place is None:
+            return False
         try:
             self._bring(index, place)
         except BaseException:
             self.ring.let_go(place)
             raise
         place.ready.record(self.stream)
+        return True
 
     def _is_past(self, index: int) -> bool:
         """Whether the block has left this stage behind and needs no place here before it runs."""
@@ -107,17 +106,17 @@ class Copying(Stage):
         self._staging = staging
 
     def refill(self) -> bool:
-        has_begun = super().refill()
+        is_short = super().refill()
         if self._staging is not None and self.ring.missing:
             self._staging.look_ahead(self._missing_staged(self._staging))
-        return has_begun
+        return is_short
 
     def _missing_staged(self, staging: Staging) -> Iterator[int]:
         """The blocks ahead that come by way of `staging` and are to be copied."""
         return (
             index
             for index in self._walk.ahead()
-            if index in staging and not self.ring.places[index].is_held and not self._is_past(index)
+            if index in staging and index in self.ring.missing and not self._is_past(index)
         )
 
     def _is_past(self, index: int) -> bool:

@@ -40,8 +40,8 @@ def test_compute_that_does_not_wait_for_its_copy_reads_poison(monkeypatch):
 def test_a_copy_that_does_not_wait_for_the_last_reader_is_an_error(monkeypatch):
     give = ring.Ring.give
 
-    def give_without_waiting(self, index, stream):
-        return give(self, index, SimpleNamespace(wait_event=lambda event: None, append=stream.append))
+    def give_without_waiting(self, index, stream, *conditions):
+        return give(self, index, SimpleNamespace(wait_event=lambda event: None, append=stream.append), *conditions)
 
     monkeypatch.setattr(ring.Ring, "give", give_without_waiting)
     with pytest.raises(OrderingError):
