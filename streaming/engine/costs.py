@@ -51,5 +51,6 @@ class CostSheet:
         dtype = packable_dtype(block)
         if may_pack and dtype is not None and self._device.packer is not None:
             packed = self._packed_bytes.get(index, int(moving * expected_share(dtype)))
-        lead_ms, compute_ms = (max(0.0, times.lead_ms), times.compute_ms) if times else (0.0, 0.0)
+        # A device's clock may tell nonsense now and then, which costs a worse plan and must not cost the run.
+        lead_ms, compute_ms = (max(0.0, times.lead_ms), max(0.0, times.compute_ms)) if times else (0.0, 0.0)
         return BlockCost(block.name, fixed, moving, packed if packed != moving else None, lead_ms, compute_ms)

@@ -82,6 +82,17 @@ def test_what_short_runs_took_is_measured_inside_a_run(timed):
     assert run(3) == [False, True, False], "before the first pass nothing shows what compute takes of the device"
 
 
+def test_times_that_cannot_be_are_planned_with_all_the_same(timed):
+    session, run = timed
+    run(5)
+    best = session.meter.best
+    first, *_ = best.blocks
+    nonsense = replace(best.blocks[first], compute_ms=-3.0, lead_ms=-1.0)
+    session.meter.best = replace(best, blocks={**best.blocks, first: nonsense})
+    plan = session.propose(session.plan.device_bytes + 400_000)
+    assert plan.expected is not None and plan.expected.step_ms > 0
+
+
 def test_passes_that_run_no_block_measure_nothing(timed):
     session, run = timed
     order, session.parts.outside.module.order = session.parts.outside.module.order, []
