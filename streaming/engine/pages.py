@@ -59,9 +59,13 @@ def anonymous_pages(size_bytes: int) -> torch.Tensor:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)  # fewer faults while filling, fewer pages to lock
     with torch.inference_mode(False):
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def populate(memory: torch.Tensor) -> None:
+    """Have the pages of `memory`, as `anonymous_pages` gives it, there before anyone touches them, where the system can
+    do that: locking them would have them cleared one after another.
+    """
     if sys.platform == "linux":
-        # Locking would have them cleared one after another.
         pieces = memory.split(POPULATE_BYTES)
         list(threads.map(lambda piece: advise(piece.data_ptr(), piece.nbytes, POPULATE_WRITE), pieces))
-    return memory

@@ -16,7 +16,7 @@ import torch
 
 from .device import Device, Event
 from .packing import Layout
-from .pages import anonymous_pages
+from .pages import anonymous_pages, populate
 
 GIB = 1024**3
 
@@ -73,6 +73,8 @@ class HostMemory:
             )
         most_bytes = self._ceilings().locked_bytes
         may_lock = is_buffer or most_bytes is None or self.locked_bytes + memory.nbytes <= most_bytes
+        if may_lock:
+            populate(memory)  # not before: what is refused shall take nothing
         is_locked = may_lock and device.page_lock(memory)
         self.total_bytes += memory.nbytes
         self.locked_bytes += memory.nbytes * is_locked

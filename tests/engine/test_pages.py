@@ -1,4 +1,4 @@
-"""Memory for slabs is exactly as large as asked, zero, and there before anyone touches it."""
+"""Memory for slabs is exactly as large as asked, zero, and there before anyone locks it, unless it is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream.streaming.engine import pages
+from layerstream.streaming.engine.simulated import SimulatedDevice
+from layerstream.streaming.engine.store import Ceilings, HostMemory, HostMemoryFull, Slab
 
 MIB = 1024**2
 REPOSITORY = Path(__file__).parents[2]
@@ -26,14 +28,43 @@ def test_pages_are_zero_and_ones_own(size_bytes):
     assert first.numel() == size_bytes and not first.any()
     first.fill_(7)
     assert not second.any()
+    pages.populate(first)
     assert torch.equal(first, torch.full_like(first, 7))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
-def test_pages_are_there_before_they_are_touched():
-    before = resident_bytes()
-    memory = pages.anonymous_pages(160 * MIB)
-    assert resident_bytes() - before > 0.9 * memory.nbytes
+def test_pages_are_there_before_they_are_locked():
+    before, resident = resident_bytes(), []
+
+    class Locking(SimulatedDevice):
+        def page_lock(self, memory: torch.Tensor) -> bool:
+            resident.append(resident_bytes() - before)
+            return super().page_lock(memory)
+
+    slab = Slab(Locking(1 << 30), HostMemory(), 0, 160 * MIB)
+    assert slab.is_locked and resident[0] > 0.9 * slab.size_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+@pytest.mark.parametrize(
+    "ceilings", [Ceilings(total_bytes=MIB), Ceilings(locked_bytes=MIB)], ids=["refused", "unlocked"]
+)
+def test_memory_beyond_a_ceiling_takes_no_pages(monkeypatch, ceilings):
+    before, resident = resident_bytes(), []
+    take = HostMemory.take
+
+    def take_and_look(self, *args):
+        try:
+            return take(self, *args)
+        finally:
+            resident.append(resident_bytes() - before)
+
+    monkeypatch.setattr(HostMemory, "take", take_and_look)
+    try:
+        assert not Slab(SimulatedDevice(1 << 30), HostMemory(lambda: ceilings), 0, 160 * MIB).is_locked
+    except HostMemoryFull:
+        assert ceilings.total_bytes
+    assert resident[0] < 16 * MIB
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such bounds")
@@ -68,4 +99,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_system_that_refuses_gives_pages_as_they_are_touched(monkeypatch):
     monkeypatch.setattr(pages, "POPULATE_WRITE", 12345)
     memory = pages.anonymous_pages(MIB)
+    pages.populate(memory)
     assert not memory.any()
