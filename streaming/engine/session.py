@@ -12,7 +12,7 @@ from anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -267,6 +267,8 @@ class Session:
             self.device.compute_stream().synchronize()  # slabs may be written again from now on
         except BaseException:
             self.unload()
+            with suppress(RuntimeError):  # a device that fails in this too has nothing under way
+                self.device.compute_stream().synchronize()  # changed weights may be on their way into slabs
             raise
         finally:
             self._loader.finish()

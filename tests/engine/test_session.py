@@ -12,6 +12,7 @@ import itertools
 import pytest
 import torch
 from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.codec import RawCodec
 from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.moving import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
@@ -331,6 +332,40 @@ def test_a_load_that_fails_gives_back_what_residents_were_to_have():
     with pytest.raises(RuntimeError, match="no such patch"):
         session.load(plan, marks=marks, changed=fail)
     assert device.used_bytes == before
+    session.close()
+
+
+def test_what_a_failed_load_still_copies_from_the_device_is_not_written_over_the_next_one(monkeypatch):
+    walker, device = make_walker(), SimulatedDevice(1 << 30)
+    x = make_input(walker)
+    expected = walker(x)
+    session, compute = attach(walker, device), device.compute_stream()
+    late, changes, encode = [], [], RawCodec.encode
+
+    def encode_later(self, weight, stored):
+        if any(weight is change for change in changes):  # as from a device
+            late.append(lambda: encode(self, weight, stored))
+        else:
+            encode(self, weight, stored)
+
+    def finish_copies():
+        while late:
+            late.pop(0)()
+
+    def halve(weight):
+        if weight.keys[0] == "blocks.5.up.weight":
+            raise torch.OutOfMemoryError("no room to halve it")
+        changes.append(weight.home * 0.5)
+        return changes[-1]
+
+    monkeypatch.setattr(RawCodec, "encode", encode_later)
+    monkeypatch.setattr(compute, "synchronize", finish_copies)
+    plan = plan_for(session, ALL_STREAMED)
+    with pytest.raises(torch.OutOfMemoryError, match="no room to halve it"):
+        session.load(plan, marks=Marks(("halved",) * 8, None), changed=halve)
+    assert len(changes) > 5
+    session.load(plan)
+    assert torch.equal(one_pass(session, walker, x), expected)
     session.close()
 
 
