@@ -53,6 +53,8 @@ class BlockLoader:
         self._device = device
         self._keep_home = keep_home
         self._file_of = file_of
+        # What will pass through the device in a run, and is not there yet while loading.
+        self.passing_bytes = 0
         self._marks: dict[int, Hashable] = {}
         self._reserved: dict[int, torch.Tensor] = {}
 
@@ -264,11 +266,12 @@ class BlockLoader:
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
         """A copy of the home tensor on the device; None where it is of a kind, or will be stored in a dtype, that is
-        not brought as it is.
+        not brought as it is, or is larger than what has room there.
         """
-        if not isinstance(weight.codec, RawCodec) or weight.dtype_changes:
+        size_bytes = weight.codec.stored_bytes
+        if not isinstance(weight.codec, RawCodec) or weight.dtype_changes or size_bytes > self.passing_bytes:
             return None
-        place = self._device.allocate(weight.codec.stored_bytes)
+        place = self._device.allocate(size_bytes)
         self._store(weight, None, place, is_on_device=True)
         return weight.codec.decode(place)
 

@@ -243,6 +243,7 @@ class Session:
             unchanged = {index: block for index, block in enumerate(self.parts.blocks) if marks.blocks[index] is None}
             in_file = self._loader.host_room.choose_in_file(self._slab_sizes(plan), unchanged)
         self._loader.host_room.in_file = in_file
+        self._loader.passing_bytes = plan.ring_bytes + plan.scratch_bytes
         try:
             stale = [
                 index
@@ -281,7 +282,8 @@ class Session:
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
         """For `changed` to work from: a copy of the home tensor, brought to the device faster than one by one from the
-        pages of a mapped file. None where that is not to be had. Raises torch.OutOfMemoryError.
+        pages of a mapped file. None where that is not to be had: it takes no more than ring and scratch will in a run.
+        Raises torch.OutOfMemoryError.
         """
         return self._loader.home_on_device(weight)
 

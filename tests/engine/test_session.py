@@ -284,6 +284,7 @@ def test_changed_weights_come_and_go_by_their_marks(kept, is_packed):
 def test_home_tensors_come_to_the_device_to_be_worked_on():
     walker, device = make_walker(), SimulatedDevice(1 << 30)
     session = attach(walker, device)
+    session.load(plan_for(session, 0.5))
     for weight in session.parts.blocks[0].weights:
         before = device.used_bytes
         copy = session.home_on_device(weight)
@@ -291,7 +292,28 @@ def test_home_tensors_come_to_the_device_to_be_worked_on():
         assert device.used_bytes > before
         del copy
     converted = Session(take_apart(walker, walker.units(), lambda module, name: torch.float64), device, lambda _: True)
+    converted.load(plan_for(converted, 0.5))
     assert {converted.home_on_device(weight) for weight in converted.parts.blocks[0].weights} == {None}
+    converted.close()
+
+
+def test_home_tensors_take_no_more_of_the_device_than_a_run_will():
+    walker, device = make_walker(inner=(512, 2048)), SimulatedDevice(1 << 30)
+    session = attach(walker, device)
+    plan = plan_for(session, 0.5)
+    device.budget_bytes = plan.device_bytes
+
+    def halve(weight):
+        copy = session.home_on_device(weight)
+        return weight.home * 0.5 if copy is None else copy * 0.5
+
+    session.load(plan, marks=Marks(("halved",) * 8, "halved"), changed=halve)
+    assert device.peak_bytes() <= plan.device_bytes
+    resident = session.propose(1 << 30)
+    assert resident.is_resident
+    device.budget_bytes = resident.device_bytes
+    session.load(resident, marks=Marks(("quartered",) * 8, "quartered"), changed=halve)
+    assert session.home_on_device(session.parts.blocks[0].weights[-1]) is None
 
 
 def half_resident_and_changed():
