@@ -1,5 +1,5 @@
-"""The rows of a benchmark as a text table; what went wrong stands below it in words, and so does a
-processor that was slower for some of them."""
+"""The rows of a benchmark as a text table; what went wrong stands below it in words, and so does a processor that was
+slower for some of them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def baked(patcher: StreamingModelPatcher, weight: Weight) -> torch.Tensor | None
     """The weight with its patches, worked out by ComfyUI on the card as for a full load; None if it has none.
 
     ComfyUI converts what is not on the card yet on the processor, and copies it from there at a fraction of the link's
-    speed. So it gets the weight on the card, and a backup that is not.
+    speed. So it gets the weight on the card, where there is room, and a backup that is not.
     """
     key = patch_key(patcher, weight)
     if key is None:

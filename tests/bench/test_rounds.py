@@ -4,101 +4,22 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from bench import case, contest
 from bench.arguments import add_rounds
-from bench.child import ChildError
-from bench.contest import run_contenders
-from bench.holder import CardUse
 from bench.machine import Checkpoint
 from bench.results import lacks
-from bench.rounds import merge_rounds
-from bench.spec import GIB, Picture, StepSpec
+from bench.spec import GIB, StepSpec
 from bench.table import format_table
-from bench.worker import latent_sha256
 from scripts.measured import picture, table
 from scripts.pack import ROOT
+from turns import Turn, Workers
 
 NAMES = ["resident", "layerstream"]
 MACHINE = {"device": "card", "device_gib": 80, "ram_gib": 64, "torch": "2", "cuda": "13", "link_gib_s": None}
-
-
-class Turn(SimpleNamespace):
-    """What a worker is to find: seconds a step, the loop's time, the latent's values; or the error it ends with."""
-
-    def __init__(self, step_s: float = 1.0, loop_ms: float = 10.0, latent: float = 0.5, error: str = "") -> None:
-        super().__init__(step_s=step_s, loop_ms=loop_ms, latent=latent, error=error)
-
-
-class Workers:
-    """Stands for the worker processes: gives each contender's turns in order, and writes their latents."""
-
-    def __init__(self, **turns: list[Turn]) -> None:
-        self.turns = {name.replace("_", "-"): list(listed) for name, listed in turns.items()}
-        self.order: list[str] = []
-        self.free_gib: list[float | None] = []
-        self.timeouts_s: list[float] = []
-
-    def run(self, module: str, arguments: list[str], *, timeout_s: float, **options: Any) -> dict[str, Any]:
-        name, _, spec_path, _, latent_path = arguments
-        turn = self.turns[name].pop(0)
-        self.order.append(name)
-        self.free_gib.append(StepSpec.read(Path(spec_path)).free_gib)
-        self.timeouts_s.append(timeout_s)
-        if turn.error:
-            raise ChildError(turn.error)
-        latent = torch.full((2, 3), turn.latent)
-        save_file({"latent": latent}, latent_path)
-        row = {
-            "name": name,
-            "step_s_median": turn.step_s,
-            "step_s_min": turn.step_s,
-            "step_s_max": turn.step_s,
-            "loop_ms": turn.loop_ms,
-            "first_step_s": turn.step_s,
-            "calls_per_step": 1.0,
-            **dict.fromkeys(("resident_gib", "streamed_gib_per_step", "moved_gib_per_step"), 1.0),
-            **dict.fromkeys(("allocated_peak_gib", "reserved_peak_gib"), 1.0),
-            "dtype": "bfloat16",
-            "comfyui": "0",
-            "latent_sha256": latent_sha256(latent),
-            "latent_is_finite": True,
-            "report": {},
-            "trace": None,
-        }
-        return json.loads(json.dumps(row))
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> StepSpec:
-    return StepSpec(
-        family="zimage",
-        size="narrow",
-        device="cpu",
-        host_path=str(tmp_path),
-        checkpoint_path="model.safetensors",
-        free_gib=8.0,
-        picture=Picture(64, 64),
-    )
-
-
-@pytest.fixture
-def rows_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: StepSpec):
-    """The rows that come of each contender's turns."""
-
-    def rows(**turns: list[Turn]) -> dict[str, dict[str, Any]]:
-        workers = Workers(**turns)
-        monkeypatch.setattr(contest, "run_child", workers.run)
-        names = list(workers.turns) * max(map(len, turns.values()))
-        return {row["name"]: row for row in merge_rounds(run_contenders(names, spec, tmp_path, 60.0))}
-
-    return rows
 
 
 # -- which round counts ------------------------------------------------------------------------------------------------
@@ -208,72 +129,6 @@ def test_a_contender_that_cannot_run_here_is_absent_once(rows_of) -> None:
     assert (rows["gguf-pack"]["ran"], "rounds" in rows["gguf-pack"]) == (False, False)
 
 
-# -- the card ----------------------------------------------------------------------------------------------------------
-
-
-class Holder:
-    """Stands for the process that holds the card; its memory never comes back where `is_stuck`."""
-
-    opened: list[float | None] = []
-    failing: set[int] = set()
-    stuck: set[int] = set()
-
-    def __init__(self, free_gib: float | None) -> None:
-        self.number = len(Holder.opened)
-        Holder.opened.append(free_gib)
-        if self.number in Holder.failing:
-            raise ChildError("the process that holds the card's memory has ended")
-        self.free_gib, self.is_closed = free_gib, False
-
-    def wait_for_return(self) -> CardUse:
-        assert not self.is_closed
-        if self.number in Holder.stuck:
-            self.close()
-            raise ChildError("another program uses the card")
-        return CardUse(8 * GIB, 8 * GIB)
-
-    def use(self) -> CardUse:
-        return CardUse(8 * GIB, 2 * GIB)
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-@pytest.fixture
-def on_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: StepSpec):
-    """Rows by name and the free memory of the holders that were opened, given the names and which holders fail."""
-
-    def run(names: list[str], failing: set[int] = frozenset(), stuck: set[int] = frozenset()):  # type: ignore[assignment]
-        workers = Workers(**{name.replace("-", "_"): [Turn() for _ in names] for name in names})
-        monkeypatch.setattr(contest, "run_child", workers.run)
-        monkeypatch.setattr(contest, "CardHolder", Holder)
-        Holder.opened, Holder.failing, Holder.stuck = [], set(failing), set(stuck)
-        turns = run_contenders(names, dataclasses.replace(spec, device="cuda"), tmp_path, 60.0)
-        return {row["name"]: row for row in merge_rounds(turns)}, Holder.opened
-
-    return run
-
-
-def test_neighbours_share_a_holder_over_the_end_of_a_round_and_others_do_not(on_card) -> None:
-    assert on_card(["layerstream", "lowvram"] * 2)[1] == [8.0]
-    assert on_card(NAMES * 2)[1] == [None, 8.0, None, 8.0]
-
-
-def test_a_holder_that_failed_is_not_used_in_the_next_round(on_card) -> None:
-    rows, opened = on_card(["layerstream"] * 3, stuck={0})
-    assert opened == [8.0, 8.0]
-    assert ["error" in each for each in rows["layerstream"]["rounds"]] == [True, False, False]
-
-
-def test_a_card_that_cannot_be_held_ends_the_first_round_and_costs_a_later_one(on_card) -> None:
-    with pytest.raises(ChildError):
-        on_card(NAMES, failing={1})
-    rows, opened = on_card(NAMES * 3, failing={3})
-    assert opened == [None, 8.0, None, 8.0, None, 8.0]
-    assert ["error" in each for each in rows["layerstream"]["rounds"]] == [False, True, False]
-    assert all("error" not in each for each in rows["resident"]["rounds"])
-
-
 # -- a case of several rounds ------------------------------------------------------------------------------------------
 
 
@@ -322,35 +177,6 @@ def test_rounds_are_one_or_more() -> None:
     for text in ("0", "-1", "many"):
         with pytest.raises(SystemExit):
             parser.parse_args(["--rounds", text])
-
-
-# -- what is said of the processor -------------------------------------------------------------------------------------
-
-
-def said(rows: dict[str, dict[str, Any]]) -> list[str]:
-    return [line for line in format_table(list(rows.values())).splitlines() if "processor" in line]
-
-
-def test_a_processor_that_was_slower_for_some_is_said_with_names_and_factors(rows_of) -> None:
-    rows = rows_of(resident=[Turn(loop_ms=10.0)], layerstream=[Turn(loop_ms=16.0)], lowvram=[Turn(loop_ms=10.9)])
-    assert said(rows) == ["the processor was 1.6 times slower while layerstream ran: repeat with --rounds 3"]
-    rows = rows_of(resident=[Turn(loop_ms=18.0)], layerstream=[Turn(loop_ms=10.0)], lowvram=[Turn(loop_ms=12.0)])
-    assert said(rows) == [
-        "the processor was 1.8 times slower while resident ran, 1.2 times slower while lowvram ran: "
-        "repeat with --rounds 3"
-    ]
-
-
-def test_a_processor_that_was_as_fast_for_all_in_their_best_rounds_is_not_spoken_of(rows_of) -> None:
-    assert said(rows_of(resident=[Turn(loop_ms=10.0)], layerstream=[Turn(loop_ms=11.0)])) == []
-    slow_and_fast = [Turn(loop_ms=18.0), Turn(loop_ms=10.0)]
-    assert said(rows_of(resident=list(slow_and_fast), layerstream=slow_and_fast[::-1])) == []
-    assert said(rows_of(resident=[Turn()], layerstream=[Turn(error="out of memory")])) == []
-
-
-def test_more_rounds_are_advised_than_there_were(rows_of) -> None:
-    rows = rows_of(resident=[Turn() for _ in range(3)], layerstream=[Turn(loop_ms=15.0) for _ in range(3)])
-    assert said(rows) == ["the processor was 1.5 times slower while layerstream ran: repeat with --rounds 5"]
 
 
 # -- older results -----------------------------------------------------------------------------------------------------
