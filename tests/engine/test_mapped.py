@@ -105,13 +105,15 @@ def test_changes_that_are_worked_out_on_the_device_read_no_page(monkeypatch, tmp
     expected = make_walker(width=256, inner=(1024,))
     for tensor in expected.state_dict().values():
         tensor.mul_(0.5)
-    session = model.attach()
+    session, touched_bytes = model.attach(), []
 
     def halve(weight):
-        copy = session.home_on_device(weight)
-        return None if copy is None else copy * 0.5
+        half = session.home_on_device(weight) * 0.5
+        touched_bytes.append(resident_bytes(model.path))  # afterwards they are given back
+        return half
 
     session.load(plan_for(session, 0.5, is_packed=is_packed), marks=Marks(("halved",) * 8, "halved"), changed=halve)
+    assert max(touched_bytes) < 0.02 * model.size_bytes
     assert resident_bytes(model.path) < 0.02 * model.size_bytes
     assert torch.equal(one_pass(session, model.walker, x), expected(x))
 
