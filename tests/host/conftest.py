@@ -1,8 +1,4 @@
-"""Opens one real ComfyUI for the tests of this folder, and gives them models and a sampler.
-
-One process tests one ComfyUI: the first that `COMFYUI_PATH` names, or the first found. It runs on the processor, with
-weights in the type of their file.
-"""
+"""Gives the tests of this folder the ComfyUI that they test, models and a sampler."""
 
 import gc
 import mmap
@@ -14,13 +10,10 @@ from typing import Any, Literal, Protocol
 import pytest
 import torch
 
+from opened import HOST  # test modules import ComfyUI at their top, so it must be open before they are collected
 from scripts import checkpoint_cache, tiny_models
 from scripts.checkpoints import Family
-from scripts.hosts import Host, find_host, open_host
-
-# Test modules import ComfyUI at their top, so it must be open before they are collected.
-HOST = find_host()
-open_host(HOST, "--cpu", "--bf16-unet")
+from scripts.hosts import Host
 
 Patcher = Any
 """A ComfyUI `ModelPatcher`; its class exists only while a host is open."""

@@ -21,8 +21,8 @@ from layerstream.streaming.formats.gguf_file import GgufError
 from layerstream.streaming.formats.gguf_tensor import GgufTensor
 from layerstream.streaming.host.gguf_loading import load_diffusion_model, load_text_encoders
 
-from conftest import HOST
 from gguf_models import write_gguf
+from opened import HOST
 from scripts import checkpoint_cache
 from streamed import give_ram, on_simulated_card
 

@@ -12,8 +12,8 @@ import torch
 from layerstream.streaming.engine.codec import align
 from layerstream.streaming.engine.moving import cut_of
 
-from conftest import HOST
 from loras import apply, make_lora
+from opened import HOST
 from products import DEQUANTISED, Products, counted_products
 from quantised import KINDS, File, is_in, load, parts_of, write
 from scripts.division import divide, narrow_units

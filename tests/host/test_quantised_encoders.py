@@ -17,7 +17,7 @@ import torch
 from layerstream.nodes.layer_stream_clip import LayerStreamClip
 from layerstream.streaming.engine.moving import cut_of
 
-from conftest import HOST
+from opened import HOST
 from quantised import KINDS, is_in, layers_of, parts_of
 from scripts.division import narrow_units
 from scripts.model_configurations import OLDER

@@ -12,7 +12,7 @@ from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.host.families import FOLDING, family_of
 
-from conftest import HOST
+from opened import HOST
 from quantised import KINDS
 from scripts.division import narrow_units
 from scripts.model_configurations import OLDER
