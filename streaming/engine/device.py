@@ -78,7 +78,7 @@ class Device(Protocol):
     def event(self, is_timed: bool = False) -> Event: ...
 
     def page_lock(self, memory: torch.Tensor) -> bool:
-        """Lock a host uint8 tensor's pages; False when the system refuses."""
+        """Lock a host uint8 tensor's pages, in any thread; False when the system refuses."""
 
     def page_unlock(self, address: int) -> None: ...
 
@@ -162,9 +162,11 @@ class CudaDevice:
         return torch.cuda.Event(enable_timing=is_timed)  # type: ignore[return-value]
 
     def page_lock(self, memory: torch.Tensor) -> bool:
-        failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0
-        if failed:
-            self._clear_error()
+        # Every thread has a device of its own that is current, and an error of its own that was last.
+        with torch.cuda.device(self.torch_device):
+            failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0
+            if failed:
+                self._clear_error()
         return not failed
 
     def page_unlock(self, address: int) -> None:

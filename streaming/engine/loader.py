@@ -89,7 +89,7 @@ class BlockLoader:
         if form.is_streamed:
             slab = self.store.build_packed(index, block.offset_of(cut), layout)
             self._marks[index] = PARTLY_WRITTEN
-            slab.stored.copy_(stored, non_blocking=True)
+            slab.stored.copy_(stored, non_blocking=slab.is_locked)
             self._marks[index] = mark
             return self._placed(block, cut, slab, layout, mark)
         self.store.drop(index)
@@ -114,8 +114,7 @@ class BlockLoader:
             own = as_parameter(weight.home) if not weight.sites[0].is_buffer else weight.home.detach()
             setattr(own, KEPT, kept)
             weight.put(own)
-        source = None if slab is None else _source_of(slab)
-        return MovingBlock(block, cut, block.bytes_from(cut), source, layout, differs=mark is not None)
+        return MovingBlock(block, cut, block.bytes_from(cut), slab, layout, differs=mark is not None)
 
     def _place_raw(
         self, index: int, block: Block, cut: int, form: Form, mark: Hashable, changed: Changed
@@ -126,7 +125,7 @@ class BlockLoader:
         slab = self._raw_slab(index, block, cut, mark, changed)
         for weight, tensor in self._adopt(slab, block, cut, mark):
             weight.put(tensor)
-        return MovingBlock(block, cut, slab.stored.nbytes, _source_of(slab), None)
+        return MovingBlock(block, cut, slab.stored.nbytes, slab, None)
 
     def _leave_in_file(self, index: int, block: Block, cut: int) -> MovingBlock:
         self.store.drop(index)
@@ -202,7 +201,7 @@ class BlockLoader:
             memory = self._device.allocate(size_bytes)
         if slab is not None:
             # At the link's full speed, unlike homes in pages of a file, while the next block is made ready for its own.
-            memory.copy_(slab.stored, non_blocking=True)
+            memory.copy_(slab.stored, non_blocking=slab.is_locked)
             for weight, tensor in block.views(memory, cut, len(block.weights), base):
                 weight.put(tensor)
         else:
@@ -282,6 +281,7 @@ class BlockLoader:
 
     def finish(self) -> None:
         """End a load: give back what packing takes of the device, and what was reserved and not used."""
+        self.store.finish()
         self.packer.finish()
         self._bounce.finish()
         self._reserved.clear()
@@ -290,9 +290,3 @@ class BlockLoader:
         self.finish()
         self.store.close()
         self._marks.clear()
-
-
-def _source_of(slab: Slab) -> torch.Tensor | Staged:
-    """What of a slab crosses the link: its bytes where they are locked, else by way of a buffer that is."""
-    stored = slab.stored
-    return stored if slab.is_locked else Staged(stored.nbytes, lambda buffer: buffer.copy_(stored), in_file=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,7 @@ from .codec import RawCodec
 from .packing import PACKABLE, Layout
 from .plan import TINY_BYTES
 from .staging import Staged
+from .store import Slab
 
 # Where a host tensor carries the packed bytes that stand for its block on the device.
 KEPT = "_layerstream_kept"
@@ -46,17 +48,28 @@ def is_block_mapped(block: Block, is_mapped: Callable[[torch.Tensor], bool]) -> 
 class MovingBlock:
     """A block whose weights from `cut` on are brought or restored each time it runs.
 
-    `source` is what crosses the link, packed if there is a `layout`, or whence that is brought to where it can; None
-    for a block that is kept packed on the device. `raw_bytes` is what it is when it runs. A packed block that holds
-    changed weights `differs` from the home tensors that stand in its module while it does not run.
+    `origin` is where the bytes are that cross the link, packed if there is a `layout`; None for a block that is kept
+    packed on the device. `raw_bytes` is what it is when it runs. A packed block that holds changed weights `differs`
+    from the home tensors that stand in its module while it does not run.
     """
 
     block: Block
     cut: int
     raw_bytes: int
-    source: torch.Tensor | Staged | None
+    origin: Slab | Staged | None
     layout: Layout | None
     differs: bool = False
+
+    @cached_property
+    def source(self) -> torch.Tensor | Staged | None:
+        """What crosses the link, or whence that is brought to where it can. First asked for once a load is over: it
+        depends on whether the system has locked the pages.
+        """
+        if not isinstance(self.origin, Slab):
+            return self.origin
+        stored = self.origin.stored
+        is_locked = self.origin.is_locked
+        return stored if is_locked else Staged(stored.nbytes, lambda buffer: buffer.copy_(stored), in_file=False)
 
     def kept(self) -> torch.Tensor:
         """The packed bytes on the device. Only the module's own tensor holds them: whoever replaces it frees them."""

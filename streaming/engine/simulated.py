@@ -122,7 +122,6 @@ class SimulatedDevice:
         self.has_clock = has_clock
         self.used_bytes = 0
         self.copied_bytes = 0
-        self.locked_bytes = 0
         self._peak_bytes = 0
         self._chance = random.Random(seed)
         self._compute = SimulatedStream(deferred=False, chance=self._chance)
@@ -194,11 +193,14 @@ class SimulatedDevice:
 
     def page_lock(self, memory: torch.Tensor) -> bool:
         self._locked[memory.data_ptr()] = memory.nbytes
-        self.locked_bytes += memory.nbytes
         return True
 
     def page_unlock(self, address: int) -> None:
-        self.locked_bytes -= self._locked.pop(address)
+        del self._locked[address]
+
+    @property
+    def locked_bytes(self) -> int:
+        return sum(list(self._locked.values()))  # another thread may lock meanwhile
 
     def free_bytes(self) -> int:
         return self._most_bytes - self.used_bytes

@@ -2,14 +2,19 @@
 
 In: sizes, and ceilings for all models together. Out: slabs, uint8 tensors whose pages the device can read at full link
 speed. What is written into a slab is the session's business.
+
+Locking takes longer than reading from the system's cache of files, so a thread of its own does it while slabs are
+filled.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 import weakref
 from collections.abc import Callable, Container
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -47,6 +52,9 @@ class HostMemory:
         self._ceilings = ceilings
         self.total_bytes = 0
         self.locked_bytes = 0
+        """Locked, or about to be."""
+        self._counting = threading.RLock()  # a slab may be collected, and counted, in the midst of counting
+        self._locker = ThreadPoolExecutor(1, thread_name_prefix="layerstream-locking")
 
     def has_room(self, size_bytes: int) -> bool:
         most_bytes = self._ceilings().total_bytes
@@ -59,11 +67,11 @@ class HostMemory:
         _, *bounds = self._ceilings()
         return min((most_bytes - self.total_bytes for most_bytes in bounds if most_bytes is not None), default=math.inf)
 
-    def take(self, memory: torch.Tensor, device: Device, is_buffer: bool = False) -> bool:
-        """Count `memory` and lock its pages if the ceiling and the system allow it; True when they are locked.
+    def take(self, memory: torch.Tensor, device: Device, is_buffer: bool = False) -> Future[bool]:
+        """Count `memory` and begin to lock its pages if the ceiling allows it; the result is whether they are locked.
 
-        A buffer is small, and what the rest is copied by: it is locked above the ceiling too, and not refused. Raises
-        HostMemoryFull.
+        A buffer is small, and what the rest is copied by: it is locked at once, above the ceiling too, and not refused.
+        Raises HostMemoryFull.
         """
         if not is_buffer and not self.has_room(memory.nbytes):
             most_gib = (self._ceilings().total_bytes or 0) / GIB
@@ -73,19 +81,32 @@ class HostMemory:
             )
         most_bytes = self._ceilings().locked_bytes
         may_lock = is_buffer or most_bytes is None or self.locked_bytes + memory.nbytes <= most_bytes
+        with self._counting:
+            self.total_bytes += memory.nbytes
+            self.locked_bytes += memory.nbytes * may_lock
         if may_lock:
             populate(memory)  # not before: what is refused shall take nothing
-        is_locked = may_lock and device.page_lock(memory)
-        self.total_bytes += memory.nbytes
-        self.locked_bytes += memory.nbytes * is_locked
+            if not is_buffer:
+                return self._locker.submit(self._lock, memory, device)
+        locked: Future[bool] = Future()
+        locked.set_result(may_lock and self._lock(memory, device))
+        return locked
+
+    def _lock(self, memory: torch.Tensor, device: Device) -> bool:
+        is_locked = device.page_lock(memory)
+        if not is_locked:
+            with self._counting:
+                self.locked_bytes -= memory.nbytes
         return is_locked
 
-    def give_back(self, size_bytes: int, address: int | None, device: Device) -> None:
-        """End what `take` began; `address` is that of locked pages."""
-        self.total_bytes -= size_bytes
-        if address is not None:
+    def give_back(self, size_bytes: int, address: int, locking: Future[bool], device: Device) -> None:
+        """End what `take` began with memory at `address`."""
+        is_locked = locking.result()
+        if is_locked:
             device.page_unlock(address)
-            self.locked_bytes -= size_bytes
+        with self._counting:
+            self.total_bytes -= size_bytes
+            self.locked_bytes -= size_bytes * is_locked
 
 
 class Slab:
@@ -108,14 +129,19 @@ class Slab:
         self.layout = layout
         self._memory = anonymous_pages(size_bytes if layout is None else packed_slab_bytes(size_bytes))
         self.stored = self._memory[:size_bytes]
-        self.is_locked = host_memory.take(self._memory, device, is_buffer)
+        self._locking = host_memory.take(self._memory, device, is_buffer)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
-        address = self._memory.data_ptr() if self.is_locked else None
-        self._give_back = weakref.finalize(self, host_memory.give_back, self.size_bytes, address, device)
+        began = self.size_bytes, self._memory.data_ptr(), self._locking, device
+        self._give_back = weakref.finalize(self, host_memory.give_back, *began)
 
     @property
     def size_bytes(self) -> int:
         return self._memory.nbytes
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the pages are locked; waits until that is done, or was refused."""
+        return self._locking.result()
 
     def pack_anew(self, layout: Layout) -> bool:
         """Have room for other packed bytes in place of those it holds; False if they do not fit."""
@@ -149,6 +175,7 @@ class HostStore:
         self._device = device
         self.host_memory = host_memory
         self._slabs: dict[int, Slab] = {}
+        self._locking: list[Slab] = []
         self._warned = False
         # Kept up to date instead of added up: they are read several times a second, by other threads, to be shown.
         self.host_bytes = 0
@@ -171,15 +198,22 @@ class HostStore:
         """Make the slab of block `index`; its old one, if any, must have been dropped."""
         assert index not in self._slabs
         slab = Slab(self._device, self.host_memory, base, size_bytes, layout)
-        if not slab.is_locked and not self._warned:
-            self._warned = True
-            logger.warning(
-                "LayerStream: no more host memory can be page-locked, so some blocks are copied at a fraction of the "
-                "link's speed; close other programs, or raise ram_gb on a VRAM Budget node"
-            )
         self._slabs[index] = slab
-        self._count(slab, 1)
+        self._locking.append(slab)
+        self.host_bytes += slab.size_bytes
         return slab
+
+    def finish(self) -> None:
+        """Wait until all slabs are locked that can be."""
+        for slab in self._locking:
+            self.page_locked_bytes += slab.size_bytes * slab.is_locked
+            if not slab.is_locked and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "LayerStream: no more host memory can be page-locked, so some blocks are copied at a fraction of "
+                    "the link's speed; close other programs, or raise ram_gb on a VRAM Budget node"
+                )
+        self._locking.clear()
 
     def build_packed(self, index: int, base: int, layout: Layout) -> Slab:
         """The slab of block `index` for packed bytes, in the pages of the packed bytes it had if there were such."""
@@ -191,14 +225,15 @@ class HostStore:
 
     def drop(self, index: int) -> None:
         slab = self._slabs.pop(index, None)
-        if slab is not None:
-            self._count(slab, -1)
-            slab.close()
+        if slab is None:
+            return
+        if slab in self._locking:
+            self._locking.remove(slab)
+        else:
+            self.page_locked_bytes -= slab.size_bytes * slab.is_locked
+        self.host_bytes -= slab.size_bytes
+        slab.close()
 
     def close(self) -> None:
         for index in list(self._slabs):
             self.drop(index)
-
-    def _count(self, slab: Slab, sign: int) -> None:
-        self.host_bytes += sign * slab.size_bytes
-        self.page_locked_bytes += sign * slab.size_bytes * slab.is_locked

@@ -13,7 +13,7 @@ from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.engine.staging import Staged, Staging, staging_bytes
-from layerstream.streaming.engine.store import Ceilings, HostMemory
+from layerstream.streaming.engine.store import Ceilings, HostMemory, Slab
 
 from walkers import ALL_STREAMED, make_input, make_walker, one_pass, plan_for
 
@@ -92,8 +92,15 @@ def test_room_is_never_exceeded_while_plans_change(room, is_shelved):
     x = make_input(walker)
     expected = walker(x)
     session = attach(walker, device, room)
-    memory, lock = session._loader.store.host_memory, device.page_lock
-    device.page_lock = lambda pages: (peaks.append(memory.total_bytes + pages.nbytes), lock(pages))[1]
+    memory = session._loader.store.host_memory
+    take = memory.take
+
+    def take_and_look(*args):
+        locking = take(*args)
+        peaks.append(memory.total_bytes)
+        return locking
+
+    memory.take = take_and_look
     if is_shelved:
         session.shelve()
     all_streamed, half, most = (plan_for(session, kept) for kept in (ALL_STREAMED, 0.5, 0.8))
@@ -191,7 +198,9 @@ def test_a_read_that_fails_ends_the_pass_and_the_next_one_is_whole():
 def test_sessions_that_come_and_go_leave_no_thread_and_no_locked_memory():
     walker = make_walker(count=COUNT)
     x, device = make_input(walker), SimulatedDevice(1 << 30)
-    memory, expected, before = bounded(0), walker(x), threading.enumerate()
+    memory, expected = bounded(0), walker(x)
+    Slab(device, memory, 0, 1).close()  # host memory has a thread of its own for as long as it lasts
+    before = threading.enumerate()
     parts, pipelines = take_apart(walker, walker.units()), []
 
     def break_off(*_):
