@@ -13,6 +13,7 @@ Ordering, which is all there is to get right:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -67,6 +68,7 @@ class Pipeline:
         self._compute = device.compute_stream()
         # Brackets stay for the run, since making them costs time in each pass, and do nothing between passes.
         self._is_in_pass = False
+        self._depths: Counter[int] = Counter()
         self._brackets: list[torch.utils.hooks.RemovableHandle] = []
         for index in moving:
             self._brackets += self._bracket(index, self._arrive, self._leave)
@@ -76,16 +78,24 @@ class Pipeline:
     def _bracket(
         self, index: int, before: Callable[[int], None], after: Callable[[int], None]
     ) -> list[torch.utils.hooks.RemovableHandle]:
+        """Have `before` and `after` called around what a block does in a pass, once where it runs inside itself."""
+
         def enter(module: torch.nn.Module, args: tuple) -> None:
             if self._is_in_pass:
-                before(index)
+                self._depths[index] += 1
+                if self._depths[index] == 1:
+                    before(index)
 
         def leave(module: torch.nn.Module, args: tuple, output: object) -> None:
             if self._is_in_pass:
-                after(index)
+                self._depths[index] -= 1
+                if self._depths[index] == 0:
+                    after(index)
 
         module = self._blocks[index].module
-        return [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave)]
+        entering = module.register_forward_pre_hook(enter, prepend=True)
+        # After an error too: the model may catch it and go on.
+        return [entering, module.register_forward_hook(leave, always_call=True)]
 
     def _settle(self) -> None:
         """Order both stages after everything given to the device so far: no place knows who reads its bytes."""
@@ -110,6 +120,7 @@ class Pipeline:
                 if index not in self._moving:
                     self._timers += self._bracket(index, self._begin_visit, self._end_visit)
         self._is_in_pass = True
+        self._depths.clear()
         self._refill()
 
     def end_pass(self, whole: bool) -> None:

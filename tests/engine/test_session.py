@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from contextlib import suppress
 
 import pytest
 import torch
@@ -230,6 +231,61 @@ def test_a_block_that_runs_inside_another_keeps_its_host_tensors():
         for _ in range(3):
             assert torch.equal(one_pass(session, walker, x), expected)
         session.close()
+
+
+@pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_a_block_that_runs_inside_itself_has_its_weights_to_the_end(is_packed, kept):
+    walker = make_walker()
+
+    def in_halves(block):
+        whole = block.forward
+        return lambda x: whole(x) if len(x) == 1 else torch.cat([block(x[:1]), whole(x[1:])])
+
+    for block in walker.blocks:
+        block.forward = in_halves(block)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, 4, PlainPacker()))
+    session.load(plan_for(session, kept, prefetch=1, is_packed=is_packed))
+    for _ in range(5):
+        assert torch.equal(one_pass(session, walker, x), expected)
+    assert session.meter.total.unplaced == 0
+    session.close()
+    assert torch.equal(walker(x), expected)
+
+
+@pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_a_block_runs_again_after_an_error_that_the_model_caught(is_packed, kept):
+    walker = make_walker()
+    tried = set()
+
+    def fail_at_first(layer, _):
+        tried.symmetric_difference_update([layer])
+        if layer in tried:
+            raise ArithmeticError("at the first try")
+
+    def forward(x):
+        x = walker.entry(x)
+        for block in walker.blocks:
+            with suppress(ArithmeticError):
+                block(x)
+            x = block(x)
+        return x
+
+    walker.forward = forward
+    for block in walker.blocks:
+        block.down.register_forward_pre_hook(fail_at_first)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, 4, PlainPacker()))
+    session.load(plan_for(session, kept, prefetch=1, is_packed=is_packed))
+    for _ in range(5):
+        assert torch.equal(one_pass(session, walker, x), expected)
+    assert session.meter.total.unplaced == 0
+    session.close()
+    assert torch.equal(walker(x), expected)
 
 
 def test_evicted_blocks_come_back_with_the_next_load():
