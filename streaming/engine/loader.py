@@ -21,7 +21,7 @@ from .mapped import FileSlice
 from .moving import KEPT, MovingBlock, cut_of
 from .packing import Layout
 from .staging import Staged
-from .store import HostMemory, HostStore, Slab
+from .store import HostMemory, HostStore, Slab, packed_slab_bytes
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
@@ -67,8 +67,8 @@ class BlockLoader:
     def place(self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed) -> MovingBlock | None:
         """Bring the moving weights of `block` into `form`; None when they are resident.
 
-        A block that turns out not worth packing is left raw where it was to be, and one that packs to more than there
-        is room for in its file.
+        A block that turns out not worth packing is left raw where it was to be, and one that has no room in RAM because
+        others packed to more than was thought in its file.
         """
         cut = cut_of(block)
         if index in self.host_room.in_file:
@@ -79,14 +79,12 @@ class BlockLoader:
         if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
             return self._placed(block, cut, slab, slab.layout, mark)
         packed = self.packer.pack(index, block, lambda raw: self._write_raw(raw, index, block, cut, mark, changed))
-        slab_bytes = block.bytes_from(cut) if packed is None else packed[1].stored_bytes
-        if form.is_streamed and mark is None and not self.host_room.may_replace(index, block, slab_bytes):
-            self.host_room.in_file.add(index)
-            return self._leave_in_file(index, block, cut)
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
         stored, layout = packed
         if form.is_streamed:
+            if not self.host_room.may_replace(index, packed_slab_bytes(layout.stored_bytes)):
+                return self._leave_in_file(index, block, cut)
             slab = self.store.build_packed(index, block.offset_of(cut), layout)
             self._marks[index] = PARTLY_WRITTEN
             slab.stored.copy_(stored, non_blocking=slab.is_locked)
@@ -122,12 +120,15 @@ class BlockLoader:
         if not form.is_streamed:
             self._keep(index, block, cut, mark, changed)
             return None
+        if not self.host_room.may_replace(index, block.bytes_from(cut)):
+            return self._leave_in_file(index, block, cut)
         slab = self._raw_slab(index, block, cut, mark, changed)
         for weight, tensor in self._adopt(slab, block, cut, mark):
             weight.put(tensor)
         return MovingBlock(block, cut, slab.stored.nbytes, slab, None)
 
     def _leave_in_file(self, index: int, block: Block, cut: int) -> MovingBlock:
+        self.host_room.in_file.add(index)
         self.store.drop(index)
         for weight in block.weights[cut:]:
             weight.put(weight.home)

@@ -238,27 +238,26 @@ class Session:
         self.end_run()
         previous, old, evicted = self.plan, self._marks, set(self._evicted)
         self.plan = self._marks = None
-        was_in_file, in_file = self._loader.host_room.in_file, set[int]()
-        if not all_in_slabs:
-            unchanged = {index: block for index, block in enumerate(self.parts.blocks) if marks.blocks[index] is None}
-            in_file = self._loader.host_room.choose_in_file(self._slab_sizes(plan), unchanged)
-        self._loader.host_room.in_file = in_file
+        blocks, host_room = self.parts.blocks, self._loader.host_room
+        was_in_file = host_room.in_file
+        unchanged = [index for index, mark in enumerate(marks.blocks) if mark is None and not all_in_slabs]
+        host_room.choose_in_file(self._slab_sizes(plan), {index: blocks[index] for index in unchanged})
         self._loader.passing_bytes = plan.ring_bytes + plan.scratch_bytes
         try:
             stale = [
                 index
-                for index in range(len(self.parts.blocks))
+                for index in range(len(blocks))
                 if afresh
                 or previous is None
                 or old is None
                 or index in evicted
                 or previous.forms[index] is not plan.forms[index]
                 or old.blocks[index] != marks.blocks[index]
-                or (index in was_in_file) != (index in in_file)
+                or (index in was_in_file) != (index in host_room.in_file)
             ]
             is_outside_stale = afresh or old is None or old.outside != marks.outside
             # What goes is given back before anything comes, so that the sum never exceeds the larger of both plans.
-            for block in [self.parts.blocks[index] for index in stale] + [self.parts.outside] * is_outside_stale:
+            for block in [blocks[index] for index in stale] + [self.parts.outside] * is_outside_stale:
                 block.to_device(torch.device("cpu"))
             if stale:
                 self.device.trim()
