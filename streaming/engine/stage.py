@@ -182,5 +182,6 @@ class Restoring(Stage):
         if timing is not None:
             timing.ended.record(self.stream)
         if arrived is not None:
+            arrived.is_fresh = False
             arrived.free.record(self.stream)
             self._device.note_read(arrived.memory, self.stream)

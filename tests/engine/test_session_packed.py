@@ -168,3 +168,13 @@ def test_the_next_block_is_restored_beside_compute_and_those_after_it_are_on_the
     one_pass(session, walker, x)
     assert ahead == [(True, True, True)] * 8
     assert len(streams) == 1 and device.compute_stream() not in streams
+
+
+def test_what_was_restored_from_counts_as_used_though_it_stays():
+    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
+    session = attach(walker, device)
+    session.load(plan_for(session, ALL_STREAMED, prefetch=8, is_packed=True))
+    session.begin_run()
+    copied = session.places()[:8]
+    one_pass(session, walker, make_input(walker))
+    assert all(place.is_held and not place.is_fresh for place in copied)
