@@ -125,10 +125,10 @@ class Block:
         """Bytes of all weights as laid out, alignment included."""
         return self.weights[-1].end if self.weights else 0
 
-    def to_device(self, device: torch.device) -> None:
-        """Put every weight on `device`: the home tensors for the host, plain copies elsewhere."""
+    def to_host(self) -> None:
+        """Have the module hold its home tensors."""
         for weight in self.weights:
-            weight.put(weight.home if device.type == "cpu" else weight.home.to(device))
+            weight.put(weight.home)
 
     def offset_of(self, cut: int) -> int:
         """Byte at which the weights from index `cut` on begin; the end of the block when none is left."""

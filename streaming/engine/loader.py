@@ -65,7 +65,7 @@ class BlockLoader:
         return sum(slab.size_bytes for slab in slabs if slab is not None)
 
     def place(self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed) -> MovingBlock | None:
-        """Bring the moving weights of `block` into `form`; None when they are resident.
+        """Bring the moving weights of `block`, of which its module has the home tensors, into `form`; None if resident.
 
         A block that turns out not worth packing is left raw where it was to be, and one that has no room in RAM because
         others packed to more than was thought in its file.
@@ -77,42 +77,30 @@ class BlockLoader:
             return self._place_raw(index, block, cut, form, mark, changed)
         slab = self.store.get(index)
         if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
-            return self._placed(block, cut, slab, slab.layout, mark)
+            return _restored(block, cut, slab, slab.layout, mark)
         packed = self.packer.pack(index, block, lambda raw: self._write_raw(raw, index, block, cut, mark, changed))
         if packed is None:
             return self._place_raw(index, block, cut, form, mark, changed)
         stored, layout = packed
-        if form.is_streamed:
-            if not self.host_room.may_replace(index, packed_slab_bytes(layout.stored_bytes)):
-                return self._leave_in_file(index, block, cut)
-            slab = self.store.build_packed(index, block.offset_of(cut), layout)
-            self._marks[index] = PARTLY_WRITTEN
-            slab.stored.copy_(stored, non_blocking=slab.is_locked)
-            self._marks[index] = mark
-            return self._placed(block, cut, slab, layout, mark)
-        self.store.drop(index)
-        kept = self._device.allocate(layout.stored_bytes)
-        kept.copy_(stored)
-        return self._placed(block, cut, None, layout, mark, kept)
+        if not form.is_streamed:
+            self.store.drop(index)
+            self._keep_packed(block.weights[cut], stored)
+            return _restored(block, cut, None, layout, mark)
+        if not self.host_room.may_replace(index, packed_slab_bytes(layout.stored_bytes)):
+            return self._leave_in_file(index, block, cut)
+        slab = self.store.build_packed(index, block.offset_of(cut), layout)
+        self._marks[index] = PARTLY_WRITTEN
+        slab.stored.copy_(stored, non_blocking=slab.is_locked)
+        self._marks[index] = mark
+        return _restored(block, cut, slab, layout, mark)
 
-    def _placed(
-        self,
-        block: Block,
-        cut: int,
-        slab: Slab | None,
-        layout: Layout,
-        mark: Hashable,
-        kept: torch.Tensor | None = None,
-    ) -> MovingBlock:
-        """Put the home tensors into the module, the first one carrying what is kept on the device."""
-        for weight in block.weights[cut:]:
-            weight.put(weight.home)
-        if kept is not None:
-            weight = block.weights[cut]
-            own = as_parameter(weight.home) if not weight.sites[0].is_buffer else weight.home.detach()
-            setattr(own, KEPT, kept)
-            weight.put(own)
-        return MovingBlock(block, cut, block.bytes_from(cut), slab, layout, differs=mark is not None)
+    def _keep_packed(self, weight: Weight, packed: torch.Tensor) -> None:
+        """Keep packed bytes on the device, carried by a home tensor of `weight` that only the module holds."""
+        kept = self._device.allocate(packed.nbytes)
+        kept.copy_(packed)
+        own = weight.home.detach() if weight.sites[0].is_buffer else as_parameter(weight.home)
+        setattr(own, KEPT, kept)
+        weight.put(own)
 
     def _place_raw(
         self, index: int, block: Block, cut: int, form: Form, mark: Hashable, changed: Changed
@@ -130,8 +118,6 @@ class BlockLoader:
     def _leave_in_file(self, index: int, block: Block, cut: int) -> MovingBlock:
         self.host_room.in_file.add(index)
         self.store.drop(index)
-        for weight in block.weights[cut:]:
-            weight.put(weight.home)
         base, size_bytes = block.offset_of(cut), block.bytes_from(cut)
 
         def read_into(stored: torch.Tensor) -> None:
@@ -291,3 +277,8 @@ class BlockLoader:
         self.finish()
         self.store.close()
         self._marks.clear()
+
+
+def _restored(block: Block, cut: int, slab: Slab | None, layout: Layout, mark: Hashable) -> MovingBlock:
+    """A block that is restored from packed bytes in `slab`, or from those that it keeps on the device."""
+    return MovingBlock(block, cut, block.bytes_from(cut), slab, layout, differs=mark is not None)

@@ -258,7 +258,7 @@ class Session:
             is_outside_stale = afresh or old is None or old.outside != marks.outside
             # What goes is given back before anything comes, so that the sum never exceeds the larger of both plans.
             for block in [blocks[index] for index in stale] + [self.parts.outside] * is_outside_stale:
-                block.to_device(torch.device("cpu"))
+                block.to_host()
             if stale:
                 self.device.trim()
             if is_outside_stale:
@@ -430,7 +430,7 @@ class Session:
             if freed >= size_bytes or self.plan is None:
                 break
             if index not in self._evicted and self._kept_bytes(index) > 0:
-                self.parts.blocks[index].to_device(torch.device("cpu"))
+                self.parts.blocks[index].to_host()
                 self._evicted.add(index)
                 freed += self._kept_bytes(index)
         return freed
@@ -459,7 +459,7 @@ class Session:
         """Leave the device: home tensors everywhere, slabs kept for the next load."""
         self.end_run()
         for block in (*self.parts.blocks, self.parts.outside):
-            block.to_device(torch.device("cpu"))
+            block.to_host()
         self.forget()
 
     def forget(self) -> None:
