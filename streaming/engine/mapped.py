@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from concurrent.futures import wait
 from typing import NamedTuple
 
 import torch
@@ -37,11 +38,15 @@ class FileSlice(NamedTuple):
         if not CAN_READ:
             return False
         assert begin + stored.numel() <= self.size_bytes
-        pieces = range(begin, begin + stored.numel(), PIECE_BYTES)
+        pieces = stored.split(PIECE_BYTES)
         if len(pieces) == 1:
             self._read(begin, stored)
-        else:  # asking for every result raises what any reader raised
-            list(threads.map(self._read, pieces, stored.split(PIECE_BYTES)))
+        else:
+            starts = range(begin, begin + stored.numel(), PIECE_BYTES)
+            reads = [threads.submit(self._read, start, piece) for start, piece in zip(starts, pieces, strict=True)]
+            wait(reads)  # for all of them: beside one that failed none shall go on writing
+            for read in reads:
+                read.result()
         return True
 
     def _read(self, begin: int, stored: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,24 @@ def test_readers_share_a_weight(monkeypatch, tmp_path, size_bytes):
             os.truncate(path, HEADER_BYTES + size_bytes - 1)
             with pytest.raises(OSError, match=f"ends at byte {HEADER_BYTES + size_bytes - 1} and 1 more"):
                 place.read_into(stored)
+
+
+def test_no_reader_goes_on_writing_after_another_failed(monkeypatch, tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(3000))
+    read = os.preadv
+
+    def read_or_fail(descriptor: int, buffers: list, position: int) -> int:
+        if position == 0:
+            raise OSError("the disk is broken")
+        time.sleep(0.1)
+        return read(descriptor, buffers, position)
+
+    monkeypatch.setattr(mapped, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(os, "preadv", read_or_fail)
+    stored = torch.ones(3000, dtype=torch.uint8)
+    with (tmp_path / "weights").open("rb") as file:
+        with pytest.raises(OSError, match="the disk is broken"):
+            FileSlice(file.fileno(), 0, 3000, 0).read_into(stored)
+        before = stored.clone()
+        time.sleep(0.3)
+    assert torch.equal(stored, before)
