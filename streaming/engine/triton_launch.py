@@ -19,7 +19,7 @@ class Launcher:
         self._kernel = kernel
         self._options = options
         self._variants: dict[tuple[object, ...], Any] = {}
-        self._can_launch_variants = self._can_launch_on = True
+        self._can_launch_variants = True
 
     def __call__(self, programs: int, arguments: tuple[object, ...], key: tuple[object, ...]) -> None:
         """Run `programs` of the kernel on the current device and stream.
@@ -28,7 +28,7 @@ class Launcher:
         bytes, and `variant_of` numbers.
         """
         variant = self._variants.get(key)
-        if variant is None or not self._launch(variant, programs, arguments):
+        if variant is None or not self._launch(torch.cuda.current_stream(), variant, programs, arguments):
             self._variants[key] = self._kernel[(programs,)](*arguments, **self._options)
 
     def prepared(
@@ -43,27 +43,18 @@ class Launcher:
 
         def launch(stream: torch.cuda.Stream) -> None:
             variant = self._variants.get(key)
-            if variant is None or not self._launch_on(stream, variant, programs, addresses):
+            if variant is None or not self._launch(stream, variant, programs, addresses):
                 with torch.cuda.stream(stream):
                     self(programs, arguments, key)
 
         return launch
 
-    def _launch_on(self, stream: torch.cuda.Stream, variant: Any, programs: int, addresses: tuple[object, ...]) -> bool:
+    def _launch(self, stream: torch.cuda.Stream, variant: Any, programs: int, arguments: tuple[object, ...]) -> bool:
         """Launch a compiled variant on `stream`, whichever is current; False where Triton wants other arguments."""
-        if self._can_launch_on:
+        if self._can_launch_variants:
             about = stream.cuda_stream, variant.function, variant.packed_metadata
             try:
-                variant.run(programs, 1, 1, *about, None, None, None, *addresses)
-            except TypeError:
-                self._can_launch_on = False
-        return self._can_launch_on
-
-    def _launch(self, variant: Any, programs: int, arguments: tuple[object, ...]) -> bool:
-        """Launch a compiled variant; False where this version of Triton wants other arguments."""
-        if self._can_launch_variants:
-            try:
-                variant[(programs, 1, 1)](*arguments)
+                variant.run(programs, 1, 1, *about, None, None, None, *arguments)
             except TypeError:
                 self._can_launch_variants = False
         return self._can_launch_variants
