@@ -202,8 +202,7 @@ def forecast(
     link_ms = sum(copy_ms for _, _, copy_ms, *_ in rows)
     restore_ms = sum(restore_ms for _, _, _, restore_ms, *_ in rows)
     return Forecast(
-        # What was brought ahead may run out only slowly, and nothing waits for a copy whose restored bytes stay; in the
-        # long run the busier stage decides.
+        # What was brought ahead may run out only slowly; in the long run the busier stage decides.
         step_ms=max(now - begin, link_ms, restore_ms),
         compute_ms=sum(block.span_ms for block in blocks) + rates.tail_ms,
         restore_ms=restore_ms,
@@ -221,6 +220,8 @@ def _rows(
     restored = [blocks[index].moving_bytes for index in packed]
     copies = dict(zip(streamed, _copies(copied, ring_bytes), strict=True))
     restores = dict(zip(packed, _copies(restored, scratch_bytes), strict=True))
+    if all(is_there for _, is_there in restores.values()):  # then they are not copied again either
+        copies.update((index, (None, True)) for index in packed if index in copies)
     rows = []
     for index, (block, form) in enumerate(zip(blocks, forms, strict=True)):
         copy, restore = copies.get(index), restores.get(index)

@@ -240,6 +240,7 @@ class Pipeline:
         place.free.record(self._compute)
         self._device.note_read(place.memory, self._compute)
         place.is_bound = False
+        place.is_fresh = next(self._walk.ahead(), None) == index  # it runs again at once, and nothing comes in between
 
     def _refill(self) -> None:
         """Start what can be started: restoring leaves room for copies, and a copy on its way can be restored next."""

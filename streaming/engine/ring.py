@@ -24,8 +24,8 @@ class Place:
     """Where one block's bytes lie while they are on the device.
 
     Who reads them waits for `ready` first, and whatever is brought next into any of these bytes waits for `free`. The
-    bytes are the block's own while it `is_held`, and not used yet while it `is_fresh`; while it `is_bound` its forward
-    reads them.
+    bytes are the block's own while it `is_held`, and kept for its next run while it `is_fresh`; while it `is_bound` its
+    forward reads them.
     """
 
     __slots__ = ("end", "free", "index", "is_bound", "is_fresh", "is_held", "memory", "ready", "start")

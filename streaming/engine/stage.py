@@ -121,7 +121,8 @@ class Copying(Stage):
 
     def _is_past(self, index: int) -> bool:
         restored = self._scratch.places.get(index)
-        return restored is not None and restored.is_fresh
+        # Where the scratch holds every packed block, what is restored once stays.
+        return restored is not None and (restored.is_fresh or not self._scratch.missing)
 
     def _can_bring(self, index: int) -> bool:
         return self._staging is None or index not in self._staging or self._staging.is_there(index)

@@ -259,10 +259,12 @@ def test_no_forecast_is_below_its_floor(model, forms, ring_places, scratch_place
     assert found.step_ms >= 0.999 * found.floor_ms
 
 
-def test_a_packed_copy_whose_restored_bytes_stay_crosses_the_link_all_the_same():
+def test_packed_blocks_whose_restored_bytes_stay_do_not_cross_the_link_again():
     known = replace(RATES, tail_ms=0.0)
     found = forecast(even_blocks(2, compute_ms=0.1), [Form.STREAMED_PACKED] * 2, 80 * MIB, 160 * MIB, known)
-    assert found.restore_ms == 0.0 and found.step_ms >= found.link_ms > 2.0
+    assert found.restore_ms == found.link_ms == 0.0 and found.step_ms == pytest.approx(found.compute_ms)
+    found = forecast(even_blocks(3, compute_ms=0.1), [Form.STREAMED_PACKED] * 3, 80 * MIB, 160 * MIB, known)
+    assert found.step_ms >= found.link_ms > 3.0
 
 
 def test_the_place_of_a_copy_is_free_once_it_is_restored():

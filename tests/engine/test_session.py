@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import itertools
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.moving import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.simulated import SimulatedDevice
@@ -123,6 +125,27 @@ def test_blocks_that_run_several_times_are_there_each_time(prefetch, is_packed):
         assert torch.equal(one_pass(session, walker, x), expected)
     last = session.meter.last
     assert (last.hits, last.misses, last.departures) == (len(walker.order), 0, 0)
+    session.close()
+
+
+@pytest.mark.parametrize(
+    "order, packed, raw_copies",
+    [([0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 6, 7], range(8), 0), (range(8), (2, 5), 6)],
+    ids=["run again at once", "stay restored"],
+)
+def test_packed_blocks_are_copied_no_more_often_than_they_are_restored(order, packed, raw_copies):
+    walker, device = make_walker(), SimulatedDevice(1 << 30, packer=PlainPacker())
+    walker.order = list(order)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, device)
+    plan = plan_for(session, ALL_STREAMED, is_packed=True)
+    forms = tuple(Form.STREAMED_PACKED if index in packed else Form.STREAMED for index in range(8))
+    session.load(replace(plan, forms=forms))
+    for _ in range(4):
+        assert torch.equal(one_pass(session, walker, x), expected)
+    copied_bytes = raw_copies * plan.streamed_bytes // 8 if raw_copies else session.link_bytes
+    assert session.meter.last.moved_bytes == copied_bytes
     session.close()
 
 
