@@ -6,10 +6,41 @@ time in the midst of a model. So variants are kept here, and launched themselves
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+
+logger = logging.getLogger("layerstream")
+
+
+@triton.jit
+def probe_kernel(number):
+    tl.program_id(0)
+
+
+@cache
+def can_launch() -> bool:
+    """Whether Triton makes kernels for this machine; where it is there and does not, the log says why.
+
+    It has C compiled for what launches a kernel. On Windows it is often there without the headers and libraries that
+    this takes, which ComfyUI's embedded Python does not have.
+    """
+    try:
+        probe_kernel[(1,)](2)
+    except Exception as reason:  # compilers, drivers and processes that are started raise what they like
+        logger.warning(
+            "LayerStream: Triton is installed but makes no kernel here, so weights travel raw and GGUF weights are "
+            "dequantised at a fraction of the speed: %s: %s",
+            type(reason).__name__,
+            str(reason).partition("\n")[0],
+        )
+        return False
+    return True
 
 
 class Launcher:

@@ -49,11 +49,12 @@ WRITTEN_BY_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 @cache
 def _kernels() -> Callable[[torch.Tensor, Kind, torch.dtype], torch.Tensor] | None:
     try:
+        from ..engine.triton_launch import can_launch
         from .dequantise_triton import dequantise_on_card
     except ImportError:
         logger.warning("LayerStream: without Triton, GGUF weights are dequantised at a fraction of the speed")
         return None
-    return dequantise_on_card
+    return dequantise_on_card if can_launch() else None
 
 
 def dequantise_plainly(stored: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:

@@ -1,12 +1,24 @@
-"""Kernels are launched without Triton's own launcher where that can be done, and with it where not."""
+"""Kernels are launched without Triton's own launcher where that can be done, with it where not, and done without where
+Triton makes none.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from apart import run_apart
+
+pytest.importorskip("triton")
+
+from layerstream.streaming.engine import triton_launch
+from layerstream.streaming.engine.device import CudaDevice
+from layerstream.streaming.engine.packing_triton import TritonPacker
 from layerstream.streaming.engine.triton_launch import Launcher
 
 
@@ -88,3 +100,62 @@ def test_one_kernel_serves_many_places(stream):
         launch(stream)
     assert [way for way, *_ in kernel.launches] == ["kernel", "run"]
     assert kernel.launches[1][-1] == places[1].data_ptr()
+
+
+class Compiling:
+    """A kernel that is compiled when it is launched; `error` is what comes of it."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any) -> None:
+            if self.error is not None:
+                raise self.error
+
+        return launch
+
+
+ERRORS = [None, subprocess.CalledProcessError(1, "tcc.exe"), RuntimeError("no compiler\nfound"), OSError("no DLL")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["compiles", "refuses", "finds no compiler", "is not whole"])
+def test_where_triton_compiles_nothing_weights_travel_raw_and_the_log_says_why(monkeypatch, caplog, error):
+    card = SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(triton_launch, "probe_kernel", Compiling(error))
+    triton_launch.can_launch.cache_clear()
+    packers = [CudaDevice(torch.device("cuda")).packer for _ in range(2)]
+    triton_launch.can_launch.cache_clear()
+    assert [isinstance(packer, TritonPacker) for packer in packers] == [error is None] * 2
+    said = [record.getMessage() for record in caplog.records if "makes no kernel here" in record.getMessage()]
+    assert len(said) == (error is not None)
+    assert all(said[0].endswith(f"{type(error).__name__}: {str(error).splitlines()[0]}") for _ in said)
+
+
+PREAMBLE = """
+from scripts.pack import load_pack
+load_pack()
+from layerstream.streaming.engine.triton_launch import can_launch, probe_kernel
+"""
+
+COMPILATION = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+source = ASTSource(fn=probe_kernel, signature={"number": "i32"}, constexprs={})
+triton.compile(source, target=GPUTarget("cuda", 80, 32))
+print("done")
+"""
+
+
+def test_the_kernel_that_is_tried_compiles_for_a_card():
+    finished = run_apart(PREAMBLE + COMPILATION, interprets=False)
+    assert finished.stdout.strip().endswith("done"), finished.stderr[-2000:]
+
+
+def test_the_kernel_that_is_tried_is_launched():
+    finished = run_apart(PREAMBLE + "print(can_launch())", interprets=not torch.cuda.is_available())
+    assert finished.stdout.strip().endswith("True"), finished.stderr[-2000:]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from layerstream.streaming.formats import dequantise as module
 from layerstream.streaming.formats.dequantise import dequantise
 from layerstream.streaming.formats.kinds import IQ4_VALUES, PLAIN, QUANTISED, Kind
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDED = [name for name in PLAIN if name in ("F32", "F16", "BF16")]
@@ -86,6 +87,17 @@ def test_other_kinds_go_through_the_package_and_the_log_says_so_once(name, caplo
     for _ in range(2):
         assert_same_bits(dequantise(stored, kind, torch.bfloat16), reference(stored, kind).to(torch.bfloat16))
     assert [name in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_card_for_which_triton_makes_no_kernel_dequantises_without(monkeypatch):
+    """On tensors without values, which need no card to be on one."""
+    triton_launch = pytest.importorskip("layerstream.streaming.engine.triton_launch")
+    monkeypatch.setattr(triton_launch, "can_launch", lambda: False)
+    module._kernels.cache_clear()
+    with FakeTensorMode():
+        found = dequantise(torch.empty(68, dtype=torch.uint8, device="cuda"), QUANTISED["Q8_0"], torch.float16)
+    module._kernels.cache_clear()
+    assert found.device.type == "cuda" and found.shape == (64,) and found.dtype == torch.float16
 
 
 def test_no_bytes_are_no_values():
