@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .pages import advise, threads
+from .pages import give_back_mapped, threads
 
 PIECE_BYTES = 8 * 1024**2
 
@@ -62,9 +62,7 @@ class FileSlice(NamedTuple):
 
     def release(self) -> None:
         """Have the mapping's pages no longer count as this process's; whoever reads there again gets them anew."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
         first = -(-self.address // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (self.address + self.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if first < end:
-            advise(first, end - first, mmap.MADV_DONTNEED)
+            give_back_mapped(first, end - first)

@@ -45,6 +45,17 @@ def advise(address: int, size_bytes: int, advice: int) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), advice)
 
 
+def give_back_mapped(address: int, size_bytes: int) -> None:
+    """Have whole pages that are mapped from a file no longer count as this process's memory, where the system can do
+    that; whoever reads there again gets them anew.
+    """
+    if sys.platform == "win32":
+        # Pages that are not locked it takes from the working set, as its documentation says; then they are available.
+        ctypes.windll.kernel32.VirtualUnlock(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes))
+    elif hasattr(mmap, "MADV_DONTNEED"):
+        advise(address, size_bytes, mmap.MADV_DONTNEED)
+
+
 def anonymous_pages(size_bytes: int) -> torch.Tensor:
     """Give a uint8 tensor [size_bytes] on pages of its own.
 
