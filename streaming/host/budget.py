@@ -8,6 +8,7 @@ out-of-memory error.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 MIB = 1024**2
 
-# Page-locked memory cannot be swapped; the system and other programs need the rest.
+# Page-locked memory cannot be swapped; the system and other programs need the rest. Windows refuses more than half of
+# RAM, by what ComfyUI found, which stops at 0.4: there the buffers that bring the rest must find some left.
 LOCKED_SHARE = 0.5
+WINDOWS_LOCKED_SHARE = 0.4
 
 # RAM that is left to the system and other programs. Copies of what is mapped from its file leave a share, at the least
 # so much: a weight without one is read from the disk in every step, so they may come close to the end of RAM. Packed or
@@ -49,7 +52,8 @@ class Budget:
 
     `vram_gib` bounds the weights of all its models together: 0 is what is free, negative what is free less that many
     GiB. `min_free_mib` stays free on the card. `ram_gib` bounds page-locked and all host memory that is taken for
-    weights; 0 is half of RAM page-locked, and copies of what is mapped from its file only while RAM is free.
+    weights; 0 is half of RAM page-locked, 0.4 on Windows, and copies of what is mapped from its file only while RAM
+    is free.
     """
 
     vram_gib: float = 0.0
@@ -177,4 +181,5 @@ def _ceilings() -> Ceilings:
         return Ceilings(min(own), min(own), min(own))
     ram = psutil.virtual_memory()
     room_bytes = ram.available - max(LEAST_LEFT_BYTES, int(LEFT_SHARE * ram.total))
-    return Ceilings(int(LOCKED_SHARE * ram.total), None, host_memory().total_bytes + room_bytes)
+    locked_share = WINDOWS_LOCKED_SHARE if sys.platform == "win32" else LOCKED_SHARE
+    return Ceilings(int(locked_share * ram.total), None, host_memory().total_bytes + room_bytes)

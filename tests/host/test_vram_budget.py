@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 
 import comfy.model_management
+import psutil
 import pytest
 import torch
 from layerstream.nodes.layer_stream_clip import LayerStreamClip
@@ -177,6 +179,17 @@ def test_ram_ceilings(card, load, sample, caplog):
     patcher = streamed(model, enough, mode="always")
     assert torch.equal(sample(patcher), expected)
     assert host_memory().locked_bytes <= enough.ram_gib * GIB
+
+
+@pytest.mark.parametrize(("system", "is_locked"), [("linux", True), ("win32", False)])
+def test_windows_locks_less_of_ram_so_that_buffers_can_be(monkeypatch, card, system, is_locked):
+    device, host, memory = card(), host_memory(), torch.empty(4 << 20, dtype=torch.uint8)
+    total_bytes = int((host.locked_bytes + memory.nbytes) / 0.45)
+    ram = psutil.virtual_memory()._replace(total=total_bytes)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
+    monkeypatch.setattr(sys, "platform", system)
+    assert host.take(memory, device) is is_locked
+    host.give_back(memory.nbytes, memory.data_ptr() if is_locked else None, device)
 
 
 def test_a_part_that_would_be_kept_locked_goes_without_where_ram_is_short(card, load, sample):
