@@ -32,7 +32,7 @@ logger = logging.getLogger("layerstream")
 
 
 class HostMemoryFull(ValueError):
-    """A ceiling on host memory leaves no room for a slab; the message says what would."""
+    """A ceiling on host memory, or the system, leaves no room for a slab; the message says what would."""
 
 
 class Ceilings(NamedTuple):
@@ -127,7 +127,7 @@ class Slab:
     ) -> None:
         self.base = base
         self.layout = layout
-        self._memory = anonymous_pages(size_bytes if layout is None else packed_slab_bytes(size_bytes))
+        self._memory = _pages(size_bytes if layout is None else packed_slab_bytes(size_bytes))
         self.stored = self._memory[:size_bytes]
         self._locking = host_memory.take(self._memory, device, is_buffer)
         # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
@@ -153,6 +153,16 @@ class Slab:
     def close(self) -> None:
         """Unlock the pages; safe to call twice."""
         self._give_back()
+
+
+def _pages(size_bytes: int) -> torch.Tensor:
+    try:
+        return anonymous_pages(size_bytes)
+    except OSError as error:  # Windows gives no more than RAM and page file hold, touched or not
+        raise HostMemoryFull(
+            f"the system refuses {size_bytes / GIB:.2f} GiB more of RAM for streaming ({error}): close other programs, "
+            "let the page file grow, or stream less by raising vram_gb"
+        ) from error
 
 
 class Buffer:

@@ -96,6 +96,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["kept"] < 500 < 4000 < faults["as it is"]
 
 
+def test_more_than_the_system_has_is_refused_with_a_remedy():
+    host_memory = HostMemory()
+    with pytest.raises(HostMemoryFull, match=r"refuses 1048576\.00 GiB .* let the page file grow"):
+        Slab(SimulatedDevice(1 << 30), host_memory, 0, 1 << 50)
+    assert host_memory.total_bytes == 0
+
+
 def test_a_system_that_refuses_gives_pages_as_they_are_touched(monkeypatch):
     monkeypatch.setattr(pages, "POPULATE_WRITE", 12345)
     memory = pages.anonymous_pages(MIB)
