@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from scripts.measured import newest, picture, read_results, table
 from scripts.pack import ROOT
@@ -38,6 +41,16 @@ def test_every_section_says_more_than_its_messages_and_no_message_is_in_two() ->
     assert len(quoted) == len(set(quoted)) > 50
     for title, section in sections():
         assert len(re.sub(QUOTE, "", section, flags=re.M | re.S).split()) > 5, title
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_the_commands_of_the_readme_end_their_lines_as_bash_takes_them_wherever_they_are_cloned() -> None:
+    scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").glob("*.sh")}
+    named = re.findall(r"^bash (\S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert named and set(named) <= scripts
+    command = ["git", "check-attr", "eol", "--", *scripts]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sorted(said) == sorted(f"{name}: eol: lf" for name in scripts)
 
 
 # -- what the code says ------------------------------------------------------------------------------------------------
