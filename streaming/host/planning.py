@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Container, Iterator
 from functools import partial
 
+import comfy.model_management
 from comfy.cli_args import args
 
 from ..engine.plan import BudgetTooSmall, Packing, Plan
@@ -131,5 +133,10 @@ def least_streamed_bytes(stream: ModelStream, settings: StreamingSettings) -> in
 
 
 def least_left(settings: StreamingSettings) -> int:
-    """Bytes of the card that shall stay free at the peak of compute."""
+    """Bytes of the card that shall stay free at the peak of compute.
+
+    A driver of Windows moves what does not fit to RAM without a word, so as much stays free there as ComfyUI leaves.
+    """
+    if sys.platform == "win32":
+        return max(settings.min_free_bytes, int(comfy.model_management.extra_reserved_memory()))
     return max(settings.min_free_bytes, int((args.reserve_vram or 0.0) * GIB))

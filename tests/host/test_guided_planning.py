@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
+import comfy.model_management
 import comfy.sampler_helpers
 import pytest
 import torch
@@ -28,8 +30,9 @@ ASKS_PATCHER = hasattr(ModelPatcher, "get_free_memory")
 
 
 @pytest.fixture
-def planned():
-    """The stream of a model of 20 blocks of 1 MiB on a card of 40 MiB."""
+def planned(monkeypatch):
+    """The stream of a model of 20 blocks of 1 MiB on a card of 40 MiB, of which ComfyUI leaves none free."""
+    monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 0)
     model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(BLOCKS)))
     device = SimulatedDevice(CARD_BYTES)
     device.holds_activations = True
@@ -110,6 +113,17 @@ def test_what_was_seen_to_fit_does_not_where_more_is_in_the_way_now(planned):
     assert planned.budget_bytes == CARD_BYTES - neighbour.nbytes - 20 * MIB
     choose(planned, StreamingSettings(min_free_mib=3))
     assert planned.budget_bytes == CARD_BYTES - neighbour.nbytes - 20 * MIB - 3 * MIB
+
+
+@pytest.mark.parametrize(("system", "left_mib"), [("linux", 3), ("win32", 5)])
+def test_on_windows_as_much_stays_free_as_comfyui_leaves(monkeypatch, planned, system, left_mib):
+    planned.fitting_bytes = 15 * MIB
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 5 * MIB)
+    choose(planned, StreamingSettings(min_free_mib=3))
+    assert planned.budget_bytes == (15 - left_mib) * MIB
+    choose(planned, StreamingSettings(min_free_mib=6))
+    assert planned.budget_bytes == 9 * MIB
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
