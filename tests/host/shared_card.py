@@ -55,6 +55,7 @@ class SharedCard:
         monkeypatch.setattr(management, "get_torch_device", lambda: CARD)
         monkeypatch.setattr(management, "get_free_memory", self._free_memory)
         monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
+        monkeypatch.setattr(management, "EXTRA_RESERVED_VRAM", 0)
         monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (0, 0))
 
     def _free_memory(self, device=None, torch_free_too=False):

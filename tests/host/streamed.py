@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import psutil
 import torch
 from layerstream.streaming.engine import meter
@@ -50,6 +51,7 @@ def believe_times(monkeypatch, streamed: StreamingModelPatcher, share: float) ->
     monkeypatch.setattr(device, "has_clock", True)
     monkeypatch.setattr(device, "holds_activations", True, raising=False)
     monkeypatch.setattr(device, "free_bytes", lambda: limit - device.used_bytes)
+    monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 0)
 
 
 def stream(model, kept: float, prefetch: int = 1) -> StreamingModelPatcher:
