@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -46,10 +45,8 @@ class Device(Protocol):
     """True where the times between events mean something."""
     assumed_restore: float
     """Raw bytes a millisecond that the packer is taken to restore until it was measured."""
-
-    @property
-    def packer(self) -> Packer | None:
-        """What packs weights for the link and restores them here; None where nothing can."""
+    packer: Packer | None
+    """What packs weights for the link and restores them here; None where nothing can."""
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Give a uint8 tensor [size_bytes] that is returned when its last view dies.
@@ -106,6 +103,14 @@ class Device(Protocol):
     def peak_bytes(self) -> int: ...
 
 
+def _triton_packer() -> Packer | None:
+    try:
+        from .packing_triton import TritonPacker
+    except ImportError:
+        return None  # torch brings Triton on Linux only; whoever plans says that weights travel raw
+    return TritonPacker()
+
+
 class CudaDevice:
     """A CUDA (or ROCm) device through torch."""
 
@@ -115,20 +120,11 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
+        self.packer = _triton_packer()
         keep_freed_pages()
         self._limit_bytes = torch.cuda.mem_get_info(torch_device)[1]
         # 1.3 TB/s on the 132 multiprocessors of an H200, which restores 2.3 alone and 0.6 to 1.5 beside compute.
         self.assumed_restore = 1e7 * torch.cuda.get_device_properties(torch_device).multi_processor_count
-
-    @cached_property
-    def packer(self) -> Packer | None:
-        # Not before something is loaded: to find out, a kernel is compiled, once on a machine.
-        try:
-            from .packing_triton import TritonPacker
-            from .triton_launch import can_launch
-        except ImportError:
-            return None  # torch brings Triton on Linux only; whoever plans says that weights travel raw
-        return TritonPacker() if can_launch() else None
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         # ComfyUI runs nodes in inference mode; memory made there could not be written to outside it.

@@ -18,7 +18,7 @@ from .packing import Decoder
 from .packing_bits import count_bits, flipped, fours, lane_counts, lane_moves, lane_reach, spread
 from .packing_encode import encode
 from .packing_format import COLUMNS, HEADER_BYTES, QUAD, Layout
-from .triton_launch import Launcher, variant_of
+from .triton_launch import Launcher, can_launch, variant_of
 
 # One warp a chunk and four columns a thread, so that no warp waits for another. An H200 then makes 2.27 to 2.33 TB/s of
 # bf16, reading and writing at 0.92 to 0.93 of the rate of its copies; four warps were slower.
@@ -181,6 +181,10 @@ class TritonPacker:
 
     def __init__(self) -> None:
         self._decode = Launcher(decode_kernel, num_warps=DECODE_WARPS)
+
+    def works(self) -> bool:
+        """Whether Triton makes kernels here; a small one is compiled to find out."""
+        return can_launch()
 
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Pack `raw` (uint8 over patterns of `dtype`, whole quads) into `room`; waits for the device once.

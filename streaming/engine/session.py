@@ -120,6 +120,11 @@ class Session:
         forms = [plan.forms[index] for index in order]
         return forecast(self._costs.of(order), forms, plan.ring_bytes, plan.scratch_bytes, self._costs.rates)
 
+    @property
+    def is_timed(self) -> bool:
+        """True once plans are made from measured times."""
+        return self._costs.rates is not None
+
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     @property

@@ -48,6 +48,20 @@ def test_a_run_is_planned_anew_once_and_equal(monkeypatch, load, sample, timed_c
     assert torch.equal(sample(model, steps=STEPS), expected)
 
 
+@pytest.mark.parametrize("packing", [Packing.AUTO, Packing.ALWAYS])
+def test_a_packer_that_does_not_work_is_found_out_when_it_is_wanted(monkeypatch, load, sample, timed_card, packing):
+    model = load("flux", size="tiny")
+    expected = sample(model, steps=STEPS)
+    streamed = timed_card(model, 0.6, packing)
+    stream, was_timed = streamed.stream, []
+    monkeypatch.setattr(
+        stream.device.packer, "works", lambda: was_timed.append(stream.is_open and stream.session.is_timed)
+    )
+    assert torch.equal(sample(streamed, steps=STEPS), expected)
+    assert was_timed[0] == (packing is Packing.AUTO) and was_timed[-1]
+    assert not stream.session.is_packed and stream.fitting_bytes is not None
+
+
 def test_what_fits_is_measured_for_each_shape(load, sample, timed_card):
     streamed = timed_card(load("zimage", size="tiny"), 0.6, Packing.NEVER)
     for pixels in (64, 128, 64):
