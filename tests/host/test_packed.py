@@ -56,6 +56,6 @@ def test_every_input_that_is_translated_is_one(host: Host, unpacked: Path) -> No
     with streaming_server(host, pack=unpacked) as server:
         object_info = server.client.get_json("/object_info")
     for language in LANGUAGES:
-        for name, texts in json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text()).items():
+        for name, texts in json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8")).items():
             inputs = object_info[name]["input"]
             assert set(texts.get("inputs", {})) <= {*inputs.get("required", {}), *inputs.get("optional", {})}, name
