@@ -49,5 +49,5 @@ def write_ledger(patcher: StreamingModelPatcher) -> None:
     model.model_lowvram = True
     model.lowvram_patch_counter = len(patcher.run_time_patches)
     model.device = patcher.load_device
-    model.model_loaded_weight_memory = session.resident_bytes
     model.current_weight_patches_uuid = stream.load_id
+    stream.tell_loaded()

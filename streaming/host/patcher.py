@@ -291,7 +291,7 @@ class StreamingModelPatcher(ModelPatcher):
         else:
             with self.stream.moving():
                 session.evict(int(memory_to_free))
-        self.model.model_loaded_weight_memory = session.resident_bytes
+        self.stream.tell_loaded()
         freed = before - self.loaded_size()
         logger.info("LayerStream: gave back %.2f GiB, %.2f GiB stay", freed / GIB, self.loaded_size() / GIB)
         return freed

@@ -80,6 +80,8 @@ class ModelStream:
     restraint: Restraint = FREE
     """What the run gives up because one like it ran out of memory."""
     load_id: uuid.UUID | None = None
+    told_bytes: int = 0
+    """What ComfyUI was told that the model has on the card."""
     is_guided: bool = False
     estimates: tuple[Way, ...] = (Way(),)
     """How the coming run can go, the one in a single walk first, by ComfyUI's estimates of what compute needs."""
@@ -113,8 +115,18 @@ class ModelStream:
 
     @property
     def is_in_place(self) -> bool:
-        """True while the model holds our tensors: nobody else has loaded or unloaded it since."""
-        return self.load_id is not None and self.model.current_weight_patches_uuid is self.load_id
+        """True while the model holds our tensors: nobody else has loaded or unloaded it since.
+
+        A patcher that ComfyUI has in place of one of ours that is gone may put home tensors back and leave the id.
+        """
+        if self.load_id is None or self.model.current_weight_patches_uuid is not self.load_id:
+            return False
+        return bool(self.model.model_loaded_weight_memory == self.told_bytes)
+
+    def tell_loaded(self) -> None:
+        """Tell ComfyUI what the model has on the card now."""
+        self.told_bytes = self.session.resident_bytes
+        self.model.model_loaded_weight_memory = self.told_bytes  # type: ignore[assignment]
 
     @property
     def missing_bytes(self) -> int:

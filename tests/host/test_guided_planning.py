@@ -172,6 +172,7 @@ def test_a_plan_made_from_measured_times_is_given_up_for_more(monkeypatch, plann
     present = choose(planned)
     planned.session.load(present)
     planned.load_id = planned.model.current_weight_patches_uuid = object()
+    planned.tell_loaded()
     plan = replace(present, link_bytes=present.link_bytes + 1, expected=Forecast(100 * (1 - gain), 50, 0, 60))
     monkeypatch.setattr(planned.session, "propose", lambda *_, **options: plan)
     monkeypatch.setattr(planned.session, "expect", lambda _: Forecast(100, 50, 0, 60))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import gc
 
 import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 
+from loras import apply, make_lora
 from scripts.tiny_models import build_tiny_model, sample_tiny
 from streamed import assert_same_weights, on_simulated_card, stream, weights_of
 
 FAMILY = "flux"
+HAS_DYNAMIC = pytest.mark.skipif(
+    not hasattr(comfy.model_patcher, "ModelPatcherDynamic"), reason="this ComfyUI has no DynamicVRAM"
+)
 
 
 @pytest.fixture
@@ -154,6 +159,27 @@ def test_a_patcher_that_dies_while_loaded_leaves_a_model_that_works(card, load, 
     gc.collect()
     assert torch.equal(sample(model), expected)
     assert device.used_bytes == 0 and device.locked_bytes == 0
+
+
+@pytest.mark.parametrize("is_dynamic", [False, pytest.param(True, marks=HAS_DYNAMIC)])
+def test_weights_that_the_patcher_below_puts_back_are_loaded_again(card, load, sample, is_dynamic):
+    """It stands in for a streamed one that is gone, as when a setting has changed, and is asked for memory."""
+    model = load(FAMILY, size="tiny")
+    model = apply(model, make_lora(model, seed=3), 1.0)
+    expected = sample(model)
+    first = stream(model, 0.6)
+    assert torch.equal(sample(first), expected)
+    second = stream(model, 0.6)
+    assert second.stream is first.stream
+    del first
+    gc.collect()
+    (entry,) = [entry for entry in comfy.model_management.current_loaded_models if entry.model is model]
+    if is_dynamic:
+        comfy.model_patcher.ModelPatcherDynamic.restore_loaded_backups(model)
+    else:
+        entry.model_unload(model.loaded_size() // 3)
+    assert torch.equal(sample(second), expected)
+    second.stream.session.check()
 
 
 def test_layers_cast_while_their_weights_are_in_ram_and_not_while_they_are_on_the_card(card):
