@@ -191,10 +191,10 @@ class StreamingModelPatcher(ModelPatcher):
 
     def _load_plan(self, plan: Plan, fresh: bool, afresh: bool = False) -> None:
         """Bring the model to `plan`. Where weights did not pack as small as thought, plan again with what is known."""
-        session = self.stream.session
+        session, hooks = self.stream.session, self.current_hooks
         progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
         marks = self._marks()
-        # Scheduled hooks change weights in place, where a file cannot be changed.
+        # Scheduled hooks change weights in place, where a file cannot be changed, and what moves loses its changes.
         load = partial(
             session.load,
             marks=marks,
@@ -203,16 +203,21 @@ class StreamingModelPatcher(ModelPatcher):
             afresh=afresh,
             all_in_slabs=bool(self.hook_patches),
         )
+        self.unpatch_hooks()
         with self.stream.moving():
             load(plan)
-            if session.device_bytes <= plan.device_bytes + SMALL_EXCESS_BYTES:
-                return
-            is_all_streamed = not plan.resident_bytes
-            load(
-                session.propose(
-                    plan.device_bytes, packing=self._packing(), unpacked=self._unpacked(), stream_all=is_all_streamed
+            if session.device_bytes > plan.device_bytes + SMALL_EXCESS_BYTES:
+                is_all_streamed = not plan.resident_bytes
+                load(
+                    session.propose(
+                        plan.device_bytes,
+                        packing=self._packing(),
+                        unpacked=self._unpacked(),
+                        stream_all=is_all_streamed,
+                    )
                 )
-            )
+        if hooks is not None:
+            self.patch_hooks(hooks)
 
     def _choose(self, allowed_bytes: float) -> Plan:
         held_bytes = self.loaded_size() if self.stream.is_in_place else 0

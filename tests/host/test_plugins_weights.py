@@ -7,6 +7,7 @@ from dataclasses import replace
 import comfy.hooks
 import pytest
 import torch
+from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import Patching
 
 from loras import apply, make_lora, on_low_memory
@@ -87,6 +88,26 @@ def test_scheduled_loras(name, is_packed):
         lora, other = make_lora(model, seed=3), make_lora(model, seed=4)
     change = scheduled(comfy.hooks.create_hook_lora(lora, 1.0, 1.0))
     assert_equal_streamed(name, lambda model: apply(model, other, 0.8), change, steps=4, is_packed=is_packed)
+
+
+def test_a_scheduled_lora_outlasts_a_plan_made_in_mid_run(monkeypatch):
+    """ComfyUI changes weights when hooks change, which those here never do, and not when weights move."""
+    passing, freed = StreamingModelPatcher.passing, []
+
+    def passing_under_pressure(self):
+        if self.stream.session.meter.passes == 2:
+            freed.append(self.partially_unload(self.offload_device, self.loaded_size() // 3))
+        return passing(self)
+
+    monkeypatch.setattr(StreamingModelPatcher, "passing", passing_under_pressure)
+    with torch.inference_mode():
+        hooks = comfy.hooks.create_hook_lora(make_lora(build_tiny_model("flux"), seed=3), 1.0, 1.0)
+
+    def change(*both):
+        return tuple(node("nodes_hooks", "SetModelHooksOnCond", conditioning=one, hooks=hooks)[0] for one in both)
+
+    assert_equal_streamed("flux", change=change, steps=4)
+    assert max(freed) > 0
 
 
 def test_scheduled_loras_beside_one_at_run_time():
