@@ -83,7 +83,8 @@ class StreamingModelPatcher(ModelPatcher):
             patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, stream_pass)
             patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, note_guidance)
             patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER_KEY, note_memory)
-            patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY, retries.retry_sampling)
+            if not patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY):  # Offload Policy adds it too
+                patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY, retries.retry_sampling)
             patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, retries.WRAPPER_KEY, retries.split_guidance)
         patcher.settings = settings
         if settings.budget is not None:

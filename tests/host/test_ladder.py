@@ -181,9 +181,11 @@ def test_text_encoding(parts, caplog):
     shortage.end()
 
 
-def test_what_never_fits_names_the_smallest_change_and_leaves_the_next_run_right(parts, sample, caplog):
+@pytest.mark.parametrize("is_governed", [False, True])
+def test_what_never_fits_names_the_smallest_change_and_leaves_the_next_run_right(parts, sample, is_governed):
     expected = sample(parts.model)
-    patcher = streaming(parts.model)
+    model = governed(parts, sample, mode="cond_only").model if is_governed else parts.model
+    patcher = streaming(model)
     shortage = Shortage(parts.model.model.diffusion_model, lambda *_: True)
     with pytest.raises(torch.OutOfMemoryError) as refused:
         sample(patcher)
