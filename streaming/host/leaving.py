@@ -16,7 +16,7 @@ def make_leave(stream: ModelStream, size_bytes: int | None) -> int:
     A model that is running stays. Copies that are page-locked on the host make this free and coming back fast.
     """
     before = stream.held_bytes
-    if before == 0 or stream.session.is_running or stream.session.is_in_run:
+    if before == 0 or stream.is_in_run:
         return 0
     loaded = comfy.model_management.current_loaded_models
     for entry in [entry for entry in loaded if getattr(entry.model, "model", None) is stream.model]:

@@ -283,8 +283,8 @@ class StreamingModelPatcher(ModelPatcher):
     ) -> int:
         """Free `memory_to_free` bytes of the card if that is possible without giving up the model; say how many.
 
-        Between runs whole blocks leave until the next load. During a run the plan is made anew with less. Inside a
-        pass nothing can be freed.
+        Between runs whole blocks leave until the next load. During a run the plan is made anew with less, and its ring
+        is taken at once, lest others take its place. Inside a pass nothing can be freed.
         """
         if not self.stream.is_in_place:
             return super().partially_unload(device_to, memory_to_free, force_patch_weights)
@@ -292,8 +292,11 @@ class StreamingModelPatcher(ModelPatcher):
         if session.is_running:
             return 0
         before = self.loaded_size()
-        if session.is_in_run:
+        if self.stream.is_in_run:
+            had_ring = session.is_in_run
             self._shrink(memory_to_free)
+            if had_ring:
+                session.begin_run()
         else:
             with self.stream.moving():
                 session.evict(int(memory_to_free))

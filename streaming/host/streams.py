@@ -145,6 +145,11 @@ class ModelStream:
         return self.is_in_place and self.session.plan is not None and not self.session.plan.is_resident
 
     @property
+    def is_in_run(self) -> bool:
+        """True while a run is under way, also before its first pass: ComfyUI loads nothing anew until it ends."""
+        return self.session.is_in_run or getattr(self.model, "current_patcher", None) is not None
+
+    @property
     def is_open(self) -> bool:
         return self._session is not None
 
