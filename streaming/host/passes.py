@@ -27,10 +27,11 @@ def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
     stream = getattr(patcher, "stream", None)
     if stream is None or not stream.is_in_place:
         return executor(*args, **kwargs)
-    if not stream.session.is_running:
-        stream.batch = max(stream.batch, len(args[0]))
     with patcher.passing():
-        return executor(*args, **kwargs)
+        result = executor(*args, **kwargs)
+    if not stream.session.is_running:
+        stream.batch = max(stream.batch, len(args[0]))  # only now is it known to fit
+    return result
 
 
 def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,8 +44,13 @@ def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_guided(guider: Any) -> bool:
-    """Whether a run needs conditional and unconditional passes."""
-    return not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+    """Whether a run needs passes with more than one kind of conditioning.
+
+    Of two kinds ComfyUI leaves the negative one out at a scale of 1, unless something asks for its result.
+    """
+    kinds = {name for name, conds in guider.conds.items() if conds}
+    may_be_left_out = not (kinds - {"positive", "negative"} or guider.model_options.get("disable_cfg1_optimization"))
+    return len(kinds) > 1 and not (may_be_left_out and math.isclose(getattr(guider, "cfg", 1.0), 1.0))
 
 
 def note_memory(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import replace
 
 import comfy.model_management
 import comfy.sampler_helpers
+import comfy_extras.nodes_custom_sampler
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -15,11 +17,13 @@ from layerstream.streaming.engine.forecast import Forecast
 from layerstream.streaming.engine.plan import BudgetTooSmall, Packing, Plan
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.host.families import Family
+from layerstream.streaming.host.passes import is_guided
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.planning import choose_plan
 from layerstream.streaming.host.settings import GIB, MIB, StreamingSettings
 from layerstream.streaming.host.streams import ModelStream, Way
 
+from scripts.tiny_models import build_tiny_model
 from streamed import believe_times, on_simulated_card
 
 BLOCKS = 20
@@ -126,16 +130,35 @@ def test_on_windows_as_much_stays_free_as_comfyui_leaves(monkeypatch, planned, s
     assert planned.budget_bytes == 9 * MIB
 
 
-@pytest.mark.parametrize("cfg", [1.0, 4.0])
-def test_a_run_is_estimated_in_the_ways_that_it_can_go(monkeypatch, load, sample, cfg):
+def without_shortcut(model):
+    """As nodes have it that need the result of the negative prompt whatever the scale."""
+    model.set_model_sampler_post_cfg_function(lambda values: values["denoised"], disable_cfg1_optimization=True)
+    return model
+
+
+@pytest.mark.parametrize(("cfg", "change", "walks"), [(1.0, None, 1), (4.0, None, 2), (1.0, without_shortcut, 2)])
+def test_a_run_is_estimated_in_the_ways_that_it_can_go(monkeypatch, load, sample, cfg, change, walks):
     on_simulated_card(monkeypatch, seed=17)
     streamed = StreamingModelPatcher.from_patcher(load("flux", size="tiny"), SETTINGS)
     monkeypatch.setattr(streamed.stream.device, "holds_activations", True, raising=False)
     monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *_: (40.0, 25.0))
-    sample(streamed, cfg=cfg, steps=1)
-    split = (Way(2, 25),) if cfg > 1.0 else (Way(1, 25),)
-    assert streamed.stream.estimates == ((Way(1, 60, is_batch=True), *split) if cfg > 1.0 else split)
-    assert streamed.stream.whole_batch == (2 if cfg > 1.0 else 1)
+    sample(change(streamed) if change else streamed, cfg=cfg, steps=1)
+    split = (Way(walks, 25),)
+    assert streamed.stream.estimates == ((Way(1, 60, is_batch=True), *split) if walks > 1 else split)
+    assert streamed.stream.whole_batch == walks
+
+
+def test_a_run_of_three_prompts_is_guided_whatever_its_scales():
+    guider = comfy_extras.nodes_custom_sampler.Guider_DualCFG(build_tiny_model("flux"))
+    prompt = [[torch.zeros(1, 1, 1), {}]]
+    guider.set_conds(prompt, prompt, prompt)
+    guider.set_cfg(3.0, 2.0)
+    guider.conds = guider.original_conds  # as it is when sampling begins
+    assert is_guided(guider)
+    basic = comfy_extras.nodes_custom_sampler.Guider_Basic(build_tiny_model("flux"))
+    basic.set_conds(prompt)
+    basic.conds = basic.original_conds
+    assert not is_guided(basic)
 
 
 @pytest.mark.skipif(not ASKS_PATCHER, reason="this ComfyUI does not ask the patcher")
@@ -161,6 +184,28 @@ def test_halves_that_ran_in_one_batch_do_again_whatever_is_free_and_others_do_no
     free_bytes = 0.0
     assert run(64) == [2] * 4
     assert run(96) == [1] * 8, "another kind of run is estimated for itself"
+
+
+@pytest.mark.skipif(not ASKS_PATCHER, reason="this ComfyUI does not ask the patcher")
+def test_a_batch_that_ran_out_of_memory_is_not_taken_for_one_that_fits(monkeypatch, load, sample):
+    on_simulated_card(monkeypatch, seed=19)
+    streamed = StreamingModelPatcher.from_patcher(load("flux", size="tiny"), SETTINGS)
+    believe_times(monkeypatch, streamed, 0.7)
+    free_bytes = itertools.chain([0.0] * 12, [math.inf], itertools.repeat(0.0))
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: next(free_bytes))
+    batches: list[int] = []
+
+    def compute(_, args):
+        batches.append(len(args[0]))
+        if len(args[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    streamed.model.diffusion_model.register_forward_pre_hook(compute)
+    for _ in range(2):
+        sample(streamed, cfg=4.0, steps=4)
+    assert streamed.stream.fitting_bytes is not None
+    assert batches == [1] * 8 + [1] * 4 + [2] + [1] * 8
+    assert streamed.streaming_report()["rungs"] == ["evict"]
 
 
 @pytest.mark.parametrize(
