@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -68,13 +68,23 @@ class Budget:
         _budgets.add(self)
 
     def add(self, stream: ModelStream) -> None:
-        """Put a model under this budget, and under no other."""
-        for other in _budgets:
-            _members_of(other).discard(stream)
-        _members_of(self).add(stream)
+        """Put a model under this budget, and under no other.
+
+        A budget that loses its last model to another one bounds nothing until it is given one again: ComfyUI may keep
+        what a node gave long after the node was set otherwise.
+        """
+        last = budget_of(stream)
+        if last is self:
+            return
+        _budget_of[stream] = weakref.ref(self)
+        _given_up.discard(self)
+        if last is not None and not _members_of(last):
+            _given_up.add(last)
+        if _limits:
+            _apply_limits(stream.device)
 
     def limit(self, device: Device) -> None:
-        """Bound all that this process takes of the card, until nothing refers to this budget any more.
+        """Bound all that this process takes of the card, until nothing refers to this budget or uses it any more.
 
         Raises ValueError where that would leave nothing.
         """
@@ -120,23 +130,25 @@ class Budget:
 
 
 _budgets: weakref.WeakSet[Budget] = weakref.WeakSet()
-_members: weakref.WeakKeyDictionary[Budget, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
-
-
+_given_up: weakref.WeakSet[Budget] = weakref.WeakSet()
 _limits: weakref.WeakKeyDictionary[Budget, int] = weakref.WeakKeyDictionary()
+_budget_of: weakref.WeakKeyDictionary[ModelStream, weakref.ref[Budget]] = weakref.WeakKeyDictionary()
 
 
 def _apply_limits(device: Device) -> None:
-    """Bound the card by the smallest hard limit that is alive."""
-    device.limit(min(_limits.values(), default=None))
+    """Bound the card by the smallest hard limit that is in force."""
+    device.limit(min((most for budget, most in _limits.items() if budget not in _given_up), default=None))
 
 
-def _members_of(budget: Budget) -> weakref.WeakSet[ModelStream]:
-    return _members.setdefault(budget, weakref.WeakSet())
+def _members_of(budget: Budget) -> list[ModelStream]:
+    # The references come in a list of their own: reports are made by other threads, while models come.
+    streams = (reference() for reference in _budget_of.keyrefs())
+    return [stream for stream in streams if stream is not None and budget_of(stream) is budget]
 
 
 def budget_of(stream: ModelStream) -> Budget | None:
-    return next((budget for budget in _budgets if stream in _members_of(budget)), None)
+    reference = _budget_of.get(stream)
+    return None if reference is None else reference()
 
 
 def within(settings: StreamingSettings, stream: ModelStream) -> StreamingSettings:
@@ -171,12 +183,12 @@ def _bounds_gib(settings: StreamingSettings, budget: Budget, stream: ModelStream
 
 @cache
 def host_memory() -> HostMemory:
-    """The host memory of this process, bounded by the smallest budget that is alive."""
+    """The host memory of this process, bounded by the smallest budget that is in force."""
     return HostMemory(_ceilings)
 
 
 def _ceilings() -> Ceilings:
-    own = [int(budget.ram_gib * GIB) for budget in _budgets if budget.ram_gib]
+    own = [int(budget.ram_gib * GIB) for budget in _budgets if budget.ram_gib and budget not in _given_up]
     if own:
         return Ceilings(min(own), min(own), min(own))
     ram = psutil.virtual_memory()

@@ -331,8 +331,9 @@ class StreamingModelPatcher(ModelPatcher):
     # -- running -------------------------------------------------------------------------------------------------
 
     def make_room(self) -> None:
-        """Before a run: have other models of the same budget make way."""
+        """Before a run: have other models of the same budget make way. Another node may have put this one elsewhere."""
         if self.settings.budget is not None:
+            self.settings.budget.add(self.stream)
             wanted_bytes = 0 if self.settings.mode is Mode.ALWAYS else self.model_size()
             self.settings.budget.make_room(self.stream, wanted_bytes)
 

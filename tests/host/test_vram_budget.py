@@ -106,6 +106,32 @@ def test_a_budget_smaller_than_each_model_is_kept_by_both(card, load, sample):
     assert device.peak_bytes() <= budget.vram_gib * GIB
 
 
+def test_a_model_is_under_the_budget_of_the_node_that_runs(card, load, sample):
+    """Not of the one that ComfyUI executed last: it keeps what nodes gave for the prompts after."""
+    card()
+    first, second = load("flux", size="tiny"), load("zimage", size="tiny")
+    sizes = [model.model_size() for model in (first, second)]
+    budget, other = (budget_of(vram_gb=(max(sizes) + share * min(sizes)) / GIB) for share in (0.3, 2.0))
+    patchers = [streamed(model, budget) for model in (first, second)]
+    streamed(first, other)
+    for patcher in patchers:
+        sample(patcher)
+        assert sum(map(held_bytes, patchers)) <= budget.vram_gib * GIB
+
+
+def test_a_budget_whose_place_another_has_taken_bounds_nothing_until_it_is_used_again(card, load, sample):
+    device = card(size_gib=1.0)
+    model = load("flux", size="tiny")
+    held_gib = host_memory().total_bytes / GIB
+    narrow, wide = (budget_of(vram_gb=gib, ram_gb=held_gib + gib, hard_limit=True) for gib in (0.05, 0.2))
+    patchers = {budget: streamed(model, budget) for budget in (narrow, wide)}
+    for budget in (wide, narrow, wide):
+        sample(patchers[budget])
+        assert device.free_bytes() == int(budget.vram_gib * GIB) - device.used_bytes
+        room_bytes = int(budget.ram_gib * GIB) - host_memory().total_bytes
+        assert host_memory().has_room(room_bytes) and not host_memory().has_room(room_bytes + 1)
+
+
 def test_a_whole_workflow_under_one_budget(card, load, sample):
     device = card()
     parts = make_parts(load)
