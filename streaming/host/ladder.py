@@ -112,8 +112,8 @@ def climb_down(
 
 
 def rungs_taken(model: torch.nn.Module) -> list[str]:
-    """What the work of a model gives up, for the report."""
-    standings = _standings.get(model, {}).values()
+    """What the work of a model gives up, for the report, which any thread may make."""
+    standings = tuple(_standings.get(model, {}).values())
     return sorted({rung.name.lower() for standing in standings for rung in standing.rungs})
 
 

@@ -274,8 +274,9 @@ _streams: weakref.WeakValueDictionary[int, ModelStream] = weakref.WeakValueDicti
 
 
 def live_streams() -> list[ModelStream]:
-    """The streams that have been loaded at least once."""
-    return [stream for stream in _streams.values() if stream.is_open]
+    """The streams that have been loaded at least once. Any thread may ask, while models come and go."""
+    streams = (reference() for reference in _streams.valuerefs())
+    return [stream for stream in streams if stream is not None and stream.is_open]
 
 
 def stream_for(patcher: ModelPatcher, device: Device, family: Family | None = None) -> ModelStream | None:

@@ -13,6 +13,7 @@ from layerstream.streaming.host.freeing import ALL_BYTES, BadRequest, RunUnderWa
 from layerstream.streaming.host.moment import Observer
 from layerstream.streaming.host.report_text import report_text
 from layerstream.streaming.host.settings import GIB
+from layerstream.streaming.host.streams import ModelStream
 from layerstream.streaming.host.telemetry import report, state
 
 from streamed import CARD_GIB, on_simulated_card, stream
@@ -126,6 +127,21 @@ def test_figures_can_be_read_while_a_model_loads(monkeypatch, load, sample):
         is_over.set()
         watcher.join()
     assert looks and not failures
+
+
+def test_figures_can_be_read_while_models_come(monkeypatch, streamed, load):
+    """A look at one lets another one come, as the thread that runs prompts may at any time."""
+    models, come = [load("flux", size="tiny")], []
+    is_open = ModelStream.is_open
+
+    def look(self) -> bool:
+        if models:
+            come.append(stream(models.pop(), 0.5))
+        return is_open.fget(self)
+
+    monkeypatch.setattr(ModelStream, "is_open", property(look))
+    assert streamed.stream.number in [session["id"] for session in state()["sessions"]]
+    assert come
 
 
 def test_freeing_all_takes_streamed_models_off_the_card_and_no_other(monkeypatch, load, sample):
