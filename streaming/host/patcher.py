@@ -80,6 +80,7 @@ class StreamingModelPatcher(ModelPatcher):
             patcher = cls(source.model, source.load_device, source.offload_device, source.model_size())
             _carry_over(source, patcher)
             patcher.stream, patcher.source = stream, source
+            patcher.offload_device = torch.device("cpu")  # with --highvram, ComfyUI's own is the card
             patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, stream_pass)
             patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, note_guidance)
             patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER_KEY, note_memory)

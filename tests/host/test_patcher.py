@@ -63,6 +63,14 @@ def test_sizes_are_truthful(card, load, sample):
     assert device.used_bytes == used
 
 
+def test_what_streams_rests_on_the_host_whatever_comfyui_does_with_the_model(card, load, sample):
+    """With --highvram it leaves models on the card, where a second copy of the weights would have no room."""
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    model.offload_device = torch.device("meta")  # where weights would be lost
+    assert torch.equal(sample(stream(model, 0.4)), expected)
+
+
 def test_a_clone_streams_too_and_is_recognised(card, load, sample):
     model = load(FAMILY, size="tiny")
     expected = sample(model)
