@@ -94,7 +94,10 @@ class StreamingModelPatcher(ModelPatcher):
         return patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> StreamingModelPatcher:
-        clone = super().clone(*args, **kwargs)
+        clone: Any = super().clone(*args, **kwargs)
+        if clone.model is not self.model:
+            clone.__class__ = ModelPatcher  # a copy of the model for another card is ComfyUI's to load
+            return clone
         clone.stream, clone.settings, clone.source = self.stream, self.settings, self.source
         return clone
 
@@ -139,6 +142,9 @@ class StreamingModelPatcher(ModelPatcher):
         **kwargs: Any,
     ) -> None:
         """Plan for `lowvram_model_memory` bytes and bring the model to that plan. `full_load` means no bound."""
+        if self._is_elsewhere:
+            super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
+            return
         with self.use_ejected():
             self.unpatch_hooks()
             self._take_over()
@@ -163,6 +169,8 @@ class StreamingModelPatcher(ModelPatcher):
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Load with `extra_memory` bytes more than are held now; give the bytes that came to the card."""
+        if self._is_elsewhere:
+            return super().partially_load(device_to, extra_memory, force_patch_weights)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             held = self.loaded_size() if self.stream.is_in_place else 0
             before = self.loaded_size()
@@ -174,6 +182,11 @@ class StreamingModelPatcher(ModelPatcher):
                 self.detach()
                 raise
             return max(0, self.loaded_size() - before)
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether a node behind this one has chosen the processor for it, where ComfyUI loads it as any other."""
+        return self.load_device.type != self.stream.device.torch_device.type
 
     def _take_over(self) -> None:
         """Have the model's own weights in place, unchanged and on the host, if someone else loaded it last."""

@@ -18,6 +18,10 @@ HAS_DYNAMIC = pytest.mark.skipif(
     not hasattr(comfy.model_patcher, "ModelPatcherDynamic"), reason="this ComfyUI has no DynamicVRAM"
 )
 
+HAS_MULTI_GPU = pytest.mark.skipif(
+    not hasattr(comfy.model_patcher.ModelPatcher, "deepclone_multigpu"), reason="this ComfyUI copies no models"
+)
+
 
 @pytest.fixture
 def card(monkeypatch):
@@ -79,6 +83,33 @@ def test_a_clone_streams_too_and_is_recognised(card, load, sample):
     assert type(clone) is type(streamed) and clone.is_clone(streamed) and clone.is_clone(model)
     assert clone.settings == streamed.settings and clone.stream is streamed.stream
     assert torch.equal(sample(clone), expected)
+
+
+def test_a_model_that_is_moved_to_the_processor_runs_there_unstreamed(monkeypatch, card, load, sample):
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    streamed = stream(model, 0.4)
+    assert torch.equal(sample(streamed), expected)
+    passes = streamed.stream.session.meter.passes
+    with monkeypatch.context() as moved:
+        moved.setattr(streamed.stream.device, "torch_device", torch.device("cuda"))  # the processor is what is left
+        assert torch.equal(sample(streamed.clone()), expected)
+        assert streamed.stream.device.used_bytes == 0
+    assert torch.equal(sample(streamed), expected)
+    assert streamed.stream.session.meter.passes == 2 * passes
+
+
+@HAS_MULTI_GPU
+def test_a_copy_for_another_card_is_comfyuis(card, load, sample):
+    model = load(FAMILY, size="tiny")
+    model.cached_patcher_init = (lambda **_: load(FAMILY, size="tiny"), ())
+    expected = sample(model)
+    streamed = stream(apply(model, make_lora(model, seed=3), 1.0), 0.4)
+    changed = sample(streamed)
+    copy = streamed.deepclone_multigpu(torch.device("cpu", 0))
+    assert type(copy) is comfy.model_patcher.ModelPatcher and copy.model is not model.model
+    assert torch.equal(sample(copy), changed) and not torch.equal(changed, expected)
+    assert torch.equal(sample(streamed), changed)
 
 
 def test_partial_unloading_frees_what_it_says_and_the_next_run_is_right(card, load, sample):
