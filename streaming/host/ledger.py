@@ -10,18 +10,15 @@ model from these; our device memory is held by the model's parameters alone and 
 
 from __future__ import annotations
 
-import collections
 from typing import TYPE_CHECKING
 
 from comfy.model_patcher import move_weight_functions, wipe_lowvram_weight
 
 from .casting import FLAG
-from .patched import LAYER_WEIGHTS, patched_modules
+from .patched import LAYER_WEIGHTS, Backup, patched_modules
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
-
-Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # the shape of ComfyUI's own entries
 
 
 def write_ledger(patcher: StreamingModelPatcher) -> None:
@@ -31,7 +28,7 @@ def write_ledger(patcher: StreamingModelPatcher) -> None:
         for weight in block.weights:
             if not weight.sites[0].is_buffer:
                 for name in weight.keys:
-                    patcher.backup[stream.key(name)] = Backup(weight.home, False)
+                    patcher.backup[stream.key(name)] = Backup(weight.home, inplace_update=False)
     patched = patched_modules(patcher)
     for name, module in model.named_modules():
         if not hasattr(module, FLAG):
