@@ -65,12 +65,13 @@ def choose_plan(
         if settings.is_explicit:
             raise too_small
         plan = propose(None, prefetch=1, stream_all=True)
-        logger.warning(
-            "LayerStream: by estimate, %.2f GiB of the card are free for this model, which takes at the least "
-            "%.2f GiB: trying with that. Close what else holds the card, or make the image smaller",
-            most_bytes / GIB,
-            plan.device_bytes / GIB,
-        )
+        if not args.novram:  # which grants nothing, and so asks for this plan
+            logger.warning(
+                "LayerStream: by estimate, %.2f GiB of the card are free for this model, which takes at the least "
+                "%.2f GiB: trying with that. Close what else holds the card, or make the image smaller",
+                most_bytes / GIB,
+                plan.device_bytes / GIB,
+            )
         budget_bytes = plan.device_bytes
     present = session.plan if stream.is_in_place else None
     is_asked_for = stream.settings == (settings, packing)

@@ -12,6 +12,7 @@ import comfy.sampler_helpers
 import comfy_extras.nodes_custom_sampler
 import pytest
 import torch
+from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from layerstream.streaming.engine.forecast import Forecast
 from layerstream.streaming.engine.plan import BudgetTooSmall, Packing, Plan
@@ -77,6 +78,12 @@ def test_where_no_way_leaves_enough_the_least_is_tried_and_said(planned, caplog)
     planned.estimates = needing(both_mib=40, single_mib=39)
     assert choose(planned) == planned.session.propose(None, prefetch=1, stream_all=True, packing=Packing.NEVER)
     assert "GiB: trying with that" in caplog.text
+
+
+def test_the_least_is_no_news_where_comfyui_grants_nothing(monkeypatch, planned, caplog):
+    monkeypatch.setattr(args, "novram", True)
+    assert choose(planned, allowed_bytes=0.1).resident_bytes == 0
+    assert not caplog.records
 
 
 def test_a_figure_of_ones_own_is_taken_as_it_is_and_refused_where_it_is_too_small(planned):
