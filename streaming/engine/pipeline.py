@@ -13,7 +13,6 @@ Ordering, which is all there is to get right:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -68,7 +67,7 @@ class Pipeline:
         self._compute = device.compute_stream()
         # Brackets stay for the run, since making them costs time in each pass, and do nothing between passes.
         self._is_in_pass = False
-        self._depths: Counter[int] = Counter()
+        self._running: list[int] = []
         self._brackets: list[torch.utils.hooks.RemovableHandle] = []
         for index in moving:
             self._brackets += self._bracket(index, self._arrive, self._leave)
@@ -82,14 +81,15 @@ class Pipeline:
 
         def enter(module: torch.nn.Module, args: tuple) -> None:
             if self._is_in_pass:
-                self._depths[index] += 1
-                if self._depths[index] == 1:
+                is_inner = index in self._running
+                self._running.append(index)
+                if not is_inner:
                     before(index)
 
         def leave(module: torch.nn.Module, args: tuple, output: object) -> None:
             if self._is_in_pass:
-                self._depths[index] -= 1
-                if self._depths[index] == 0:
+                self._running.pop()
+                if index not in self._running:
                     after(index)
 
         module = self._blocks[index].module
@@ -120,7 +120,7 @@ class Pipeline:
                 if index not in self._moving:
                     self._timers += self._bracket(index, self._begin_visit, self._end_visit)
         self._is_in_pass = True
-        self._depths.clear()
+        self._running.clear()
         self._refill()
 
     def end_pass(self, whole: bool) -> None:

@@ -168,10 +168,15 @@ class StreamingModelPatcher(ModelPatcher):
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Load with `extra_memory` bytes more than are held now; give the bytes that came to the card."""
+        """Load with `extra_memory` bytes more than are held now; give the bytes that came to the card.
+
+        Inside a pass nothing comes: patches that bring a model of their own there have ComfyUI load this one again.
+        """
         if self._is_elsewhere:
             return super().partially_load(device_to, extra_memory, force_patch_weights)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
+            if self._is_running and self._is_current:
+                return 0
             held = self.loaded_size() if self.stream.is_in_place else 0
             before = self.loaded_size()
             super().unpatch_model(self.offload_device, unpatch_weights=False)  # object patches of the last load
@@ -307,9 +312,10 @@ class StreamingModelPatcher(ModelPatcher):
             return 0
         before = self.loaded_size()
         if self.stream.is_in_run:
-            had_ring = session.is_in_run
+            # Where the present plan's ring is there, or needs none, the new one's shall count as taken too.
+            is_whole = session.is_in_run or session.plan is None or session.plan.is_resident
             self._shrink(memory_to_free)
-            if had_ring:
+            if is_whole:
                 session.begin_run()
         else:
             with self.stream.moving():
@@ -390,6 +396,12 @@ class StreamingModelPatcher(ModelPatcher):
     @property
     def _is_running(self) -> bool:
         return self.stream.is_open and self.stream.session.is_running
+
+    @property
+    def _is_current(self) -> bool:
+        """Whether a pass that is under way runs with the patches of this patcher."""
+        current = getattr(self.model, "current_patcher", None)
+        return self.stream.is_in_place and current is not None and current.patches_uuid == self.patches_uuid
 
     def patch_hooks(self, hooks: Any) -> None:
         """Change weights for scheduled hooks; what was fetched ahead of the change is stale."""
