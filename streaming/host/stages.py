@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
+import torch
 
+from ..engine.plan import BudgetTooSmall
 from .leaving import make_leave
 from .policy import Leave, Part, PolicySettings, Stage, Switch
 from .settings import MIB, Mode
@@ -75,7 +77,12 @@ class Component:
         needed = self.missing_bytes(patcher) + comfy.model_management.minimum_inference_memory()
         if self.stream.device.holds_activations and needed > self.stream.device.free_bytes():
             return
-        comfy.model_management.load_models_gpu([patcher])
+        try:
+            comfy.model_management.load_models_gpu([patcher])
+        except (torch.OutOfMemoryError, BudgetTooSmall) as reason:
+            # What the stage has made must not be lost with it.
+            self._say(f"{self.part.value} comes back when it is needed: {reason}")
+            return
         self.note_return()
 
     def note_return(self) -> None:

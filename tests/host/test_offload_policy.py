@@ -6,6 +6,7 @@ import logging
 
 import comfy.model_management
 import pytest
+import torch
 from layerstream.nodes.offload_policy import OffloadPolicy
 from layerstream.streaming.host.govern import Parts, govern
 from layerstream.streaming.host.policy import OVERRIDES, PolicyMode, PolicySettings
@@ -111,6 +112,20 @@ def test_reload_on_brings_the_text_encoder_back_when_the_image_is_done(parts, sa
     moves = workflow.clip.patcher.stream.moves
     workflow.encode()
     assert moves.returns.count == 1
+
+
+def test_an_image_is_not_lost_where_what_should_come_back_finds_no_room(parts, sample, caplog):
+    caplog.set_level(logging.INFO)
+    expected = Workflow(parts, sample).run()
+    workflow = governed(parts, sample, mode="cond_only", reload_cond_stage="on")
+    workflow.encode()
+    workflow.sample()
+    device = workflow.clip.patcher.stream.device
+    device.limit(device.taken_bytes())
+    assert torch.equal(workflow.decode(), expected.image)
+    assert "text encoder comes back when it is needed" in caplog.text and "trying again" not in caplog.text
+    device.limit(None)
+    assert equal(workflow.run(), expected)
 
 
 def test_reload_off_streams_the_text_encoder(parts, sample):
