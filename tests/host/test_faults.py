@@ -44,7 +44,7 @@ def test_the_run_after_a_fault_is_right_and_nothing_leaks(monkeypatch, load, sam
 def test_out_of_memory_while_loading_is_met_with_a_smaller_plan(monkeypatch, load, sample):
     model = load("flux", size="tiny")
     expected = sample(model)
-    on_simulated_card(monkeypatch, seed=3)
+    on_simulated_card(monkeypatch, seed=3, size_gib=0.25)
     streamed = stream(model, 0.9)
     device = streamed.stream.device
     hog = device.allocate(device.free_bytes() - streamed.model_size() // 2)
