@@ -114,11 +114,12 @@ class Session:
 
     def expect(self, plan: Plan) -> Forecast | None:
         """What `plan` would take by the latest times; None while there are none."""
-        if self._costs.rates is None:
+        rates = self._costs.rates
+        if rates is None:
             return None
         order = self._costs.order()
         forms = [plan.forms[index] for index in order]
-        return forecast(self._costs.of(order), forms, plan.ring_bytes, plan.scratch_bytes, self._costs.rates)
+        return forecast(self._costs.of(order), forms, plan.ring_bytes, plan.scratch_bytes, rates)
 
     @property
     def is_timed(self) -> bool:
@@ -347,8 +348,8 @@ class Session:
             yield
             whole = True
         finally:
-            pipeline.end_pass(whole)
             self.is_running = False
+            pipeline.end_pass(whole)
 
     def _start_run(self) -> Pipeline:
         assert self.plan is not None

@@ -25,7 +25,10 @@ def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """APPLY_MODEL: run one pass of the model in its patcher's scope."""
     patcher = executor.class_obj.current_patcher
     stream = getattr(patcher, "stream", None)
-    if stream is None or not stream.is_in_place:
+    if stream is None:
+        return executor(*args, **kwargs)
+    patcher.come_back()
+    if not stream.is_in_place:
         return executor(*args, **kwargs)
     with patcher.passing():
         result = executor(*args, **kwargs)

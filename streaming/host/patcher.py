@@ -357,6 +357,19 @@ class StreamingModelPatcher(ModelPatcher):
             wanted_bytes = 0 if self.settings.mode is Mode.ALWAYS else self.model_size()
             self.settings.budget.make_room(self.stream, wanted_bytes)
 
+    def come_back(self) -> None:
+        """Before a pass: have ComfyUI load the model again if it has left the card since its run began.
+
+        Others may have been loaded between two steps, and wanted more than this one could give. Without being loaded it
+        would go on with unpatched weights.
+        """
+        if self.stream.is_in_place or self._is_elsewhere:
+            return
+        hooks = self.current_hooks
+        comfy.model_management.load_models_gpu([self])
+        if hooks is not None:
+            self.patch_hooks(hooks)
+
     @contextmanager
     def passing(self) -> Iterator[None]:
         """The scope of one pass of the model, which begins by acting on what the passes before it measured."""

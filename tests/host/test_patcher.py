@@ -182,6 +182,35 @@ def test_pressure_between_two_passes_of_a_run_in_which_nothing_streams(card, loa
     assert torch.equal(sample(streamed, steps=4), expected)
 
 
+@pytest.mark.parametrize("is_asked", [True, False], ids=["asked for too much", "unloaded"])
+@pytest.mark.parametrize("share", [0.3, 1.0], ids=["streaming", "whole"])
+def test_a_model_that_has_left_between_two_passes_comes_back_with_its_patches(card, load, sample, share, is_asked):
+    model = load(FAMILY, size="tiny")
+    model = apply(model, make_lora(model, seed=1), 0.7)
+    expected = sample(model, steps=4)
+    streamed = stream(model, share)
+    device, passes = streamed.stream.device, []
+
+    def leave():
+        passes.append(streamed.stream.is_in_place)
+        if len(passes) != 2:
+            return
+        if is_asked:
+            loaded = comfy.model_management.current_loaded_models
+            [entry] = [entry for entry in loaded if entry.model.model is streamed.model]
+            assert entry.model_unload(entry.model.loaded_size() - 1)
+            loaded.remove(entry)
+        else:
+            comfy.model_management.unload_all_models()
+        assert not streamed.stream.is_in_place and device.used_bytes == 0
+
+    assert torch.equal(sample(before_passes(streamed, leave), steps=4), expected)
+    assert passes == [True] * 4
+    comfy.model_management.unload_all_models()
+    assert device.used_bytes == 0
+    assert torch.equal(sample(streamed, steps=4), expected)
+
+
 def before_passes(streamed, act):
     """A clone that calls `act` before the wrapper that opens a pass, so that it runs between passes."""
 
