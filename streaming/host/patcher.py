@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
