@@ -60,10 +60,17 @@ class MovingBlock:
     layout: Layout | None
     differs: bool = False
 
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that cross the link each time."""
+        if self.origin is None:
+            return 0
+        return self.origin.stored.nbytes if isinstance(self.origin, Slab) else self.origin.nbytes
+
     @cached_property
     def source(self) -> torch.Tensor | Staged | None:
-        """What crosses the link, or whence that is brought to where it can. First asked for once a load is over: it
-        depends on whether the system has locked the pages.
+        """What crosses the link, or whence that is brought to where it can. Only the pipeline asks for it, once a load
+        is over: it depends on whether the system has locked the pages, and waits for that.
         """
         if not isinstance(self.origin, Slab):
             return self.origin

@@ -87,8 +87,9 @@ class Pipeline:
                     before(index)
 
         def leave(module: torch.nn.Module, args: tuple, output: object) -> None:
-            if self._is_in_pass:
-                self._running.pop()
+            # After an error it is called without `enter` too, where something else was called first and failed.
+            if self._is_in_pass and index in self._running:
+                self._running.remove(index)
                 if index not in self._running:
                     after(index)
 

@@ -152,7 +152,7 @@ class Session:
         moving = self._moving.get(index)
         if moving is None:
             return block.weight_bytes()
-        packed_bytes = 0 if moving.source is not None or moving.layout is None else moving.layout.stored_bytes
+        packed_bytes = 0 if moving.origin is not None or moving.layout is None else moving.layout.stored_bytes
         return block.offset_of(moving.cut) + packed_bytes
 
     @property
@@ -175,13 +175,13 @@ class Session:
     @property
     def link_bytes(self) -> int:
         """Bytes that cross the link in one pass over all blocks."""
-        return sum(moving.source.nbytes for moving in self._moved() if moving.source is not None)
+        return sum(moving.link_bytes for moving in self._moved())
 
     @property
     def in_file_bytes(self) -> int:
         """Bytes of them that are read from their file in each pass."""
-        staged = (moving.source for moving in self._moved() if isinstance(moving.source, Staged))
-        return sum(source.nbytes for source in staged if source.in_file)
+        staged = (moving.origin for moving in self._moved() if isinstance(moving.origin, Staged))
+        return sum(origin.nbytes for origin in staged if origin.in_file)
 
     @property
     def is_packed(self) -> bool:
@@ -191,7 +191,7 @@ class Session:
     @property
     def packed_resident_bytes(self) -> int:
         """Bytes that packed blocks take of the device for good."""
-        kept = (moving.layout for moving in self._moved() if moving.source is None)
+        kept = (moving.layout for moving in self._moved() if moving.origin is None)
         return sum(layout.stored_bytes for layout in kept if layout is not None)
 
     def _moved(self) -> tuple[MovingBlock, ...]:
@@ -353,7 +353,7 @@ class Session:
 
     def _start_run(self) -> Pipeline:
         assert self.plan is not None
-        copied = {index: moving.source.nbytes for index, moving in self._moving.items() if moving.source is not None}
+        copied = {index: moving.link_bytes for index, moving in self._moving.items() if moving.origin is not None}
         restored = {index: moving.raw_bytes for index, moving in self._moving.items() if moving.layout is not None}
         if self._walk.blocks != self._moving.keys():
             self._walk = Walk([index for index in self._costs.order() if index in self._moving])
@@ -488,7 +488,7 @@ class Session:
             return
         for index, moving in self._moving.items():
             form = self.plan.forms[index]
-            assert (moving.source is not None) == form.is_streamed, f"block {index} streams other than planned"
+            assert (moving.origin is not None) == form.is_streamed, f"block {index} streams other than planned"
             if not self.is_running:
                 for weight in moving.block.weights[moving.cut :]:
                     assert weight.current().device.type == "cpu", f"{weight.keys[0]} is not on the host"

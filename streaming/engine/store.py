@@ -81,9 +81,10 @@ class HostMemory:
             )
         most_bytes = self._ceilings().locked_bytes
         may_lock = is_buffer or most_bytes is None or self.locked_bytes + memory.nbytes <= most_bytes
+        size_bytes = memory.nbytes
         with self._counting:
-            self.total_bytes += memory.nbytes
-            self.locked_bytes += memory.nbytes * may_lock
+            self.total_bytes += size_bytes
+            self.locked_bytes += size_bytes * may_lock
         if may_lock:
             populate(memory)  # not before: what is refused shall take nothing
             if not is_buffer:
@@ -93,14 +94,23 @@ class HostMemory:
         return locked
 
     def _lock(self, memory: torch.Tensor, device: Device) -> bool:
-        is_locked = device.page_lock(memory)
+        try:
+            is_locked = device.page_lock(memory)
+        except RuntimeError as error:  # the device fails in all things, which whoever uses it will say
+            logger.debug("page-locking failed: %s", error)
+            is_locked = False
+        size_bytes = memory.nbytes
         if not is_locked:
             with self._counting:
-                self.locked_bytes -= memory.nbytes
+                self.locked_bytes -= size_bytes
         return is_locked
 
     def give_back(self, size_bytes: int, address: int, locking: Future[bool], device: Device) -> None:
-        """End what `take` began with memory at `address`."""
+        """End what `take` began with memory at `address`.
+
+        The thread that locks must not come here for memory that it has still to lock: whoever loads waits for it before
+        a slab can be collected.
+        """
         is_locked = locking.result()
         if is_locked:
             device.page_unlock(address)

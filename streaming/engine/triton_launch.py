@@ -25,7 +25,8 @@ def probe_kernel(number):
 
 @cache
 def can_launch() -> bool:
-    """Whether Triton makes kernels for this machine; where it is there and does not, the log says why.
+    """Whether Triton makes kernels for this machine; where it is there and does not, the log says why. Raises
+    RuntimeError when the card is out of memory.
 
     It has C compiled for what launches a kernel. On Windows it is often there without the headers and libraries that
     this takes, which ComfyUI's embedded Python does not have.
@@ -33,6 +34,8 @@ def can_launch() -> bool:
     try:
         probe_kernel[(1,)](2)
     except Exception as reason:  # compilers, drivers and processes that are started raise what they like
+        if "out of memory" in str(reason).lower():
+            raise  # the card is full, which says nothing of Triton: it is tried again
         logger.warning(
             "LayerStream: Triton is installed but makes no kernel here, so weights travel raw and GGUF weights are "
             "dequantised at a fraction of the speed: %s: %s",

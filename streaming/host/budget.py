@@ -73,15 +73,12 @@ class Budget:
         A budget that loses its last model to another one bounds nothing until it is given one again: ComfyUI may keep
         what a node gave long after the node was set otherwise.
         """
-        last = budget_of(stream)
-        if last is self:
-            return
-        _budget_of[stream] = weakref.ref(self)
-        _given_up.discard(self)
-        if last is not None and not _members_of(last):
-            _given_up.add(last)
-        if _limits:
-            _apply_limits(stream.device)
+        if budget_of(stream) is not self:
+            leave_budget(stream)
+            _budget_of[stream] = weakref.ref(self)
+            _given_up.discard(self)
+            if _limits:
+                _apply_limits(stream.device)
 
     def limit(self, device: Device) -> None:
         """Bound all that this process takes of the card, until nothing refers to this budget or uses it any more.
@@ -144,6 +141,18 @@ def _members_of(budget: Budget) -> list[ModelStream]:
     # The references come in a list of their own: reports are made by other threads, while models come.
     streams = (reference() for reference in _budget_of.keyrefs())
     return [stream for stream in streams if stream is not None and budget_of(stream) is budget]
+
+
+def leave_budget(stream: ModelStream) -> None:
+    """Put a model under no budget."""
+    last = budget_of(stream)
+    if last is None:
+        return
+    del _budget_of[stream]
+    if not _members_of(last):
+        _given_up.add(last)
+        if _limits:
+            _apply_limits(stream.device)
 
 
 def budget_of(stream: ModelStream) -> Budget | None:

@@ -24,7 +24,7 @@ from ..engine.block import Weight
 from ..engine.plan import BudgetTooSmall, Packing, Plan
 from ..engine.session import Marks
 from . import retries
-from .budget import within
+from .budget import leave_budget, within
 from .casting import FLAG
 from .compiling import is_compiled, unless_streaming
 from .devices import device_for, why_not
@@ -259,8 +259,9 @@ class StreamingModelPatcher(ModelPatcher):
         is_short = stream.note_ram(least_streamed_bytes(stream, within(self.settings, stream)))
         packing = Packing.ALWAYS if is_auto and (is_blind or is_short) else self.settings.packing
         # What a first plan does not pack shall not wait until it is known whether anything can be.
-        is_certain = packing is Packing.ALWAYS or stream.session.is_timed
-        return Packing.NEVER if is_certain and not packer.works() else packing
+        if packing is Packing.ALWAYS or stream.session.is_timed:
+            stream.can_pack = packer.works()
+        return packing if stream.can_pack else Packing.NEVER
 
     def _marks(self) -> Marks:
         """Blocks with patches are out of date whenever the patches change."""
@@ -309,14 +310,13 @@ class StreamingModelPatcher(ModelPatcher):
         if not self.stream.is_in_place:
             return super().partially_unload(device_to, memory_to_free, force_patch_weights)
         session = self.stream.session
-        if session.is_running:
+        if session.is_running or session.plan is None:
             return 0
         before = self.loaded_size()
         if self.stream.is_in_run:
-            # Where the present plan's ring is there, or needs none, the new one's shall count as taken too.
-            is_whole = session.is_in_run or session.plan is None or session.plan.is_resident
+            has_ring = self._has_ring
             self._shrink(memory_to_free)
-            if is_whole:
+            if has_ring:
                 session.begin_run()
         else:
             with self.stream.moving():
@@ -326,16 +326,38 @@ class StreamingModelPatcher(ModelPatcher):
         logger.info("LayerStream: gave back %.2f GiB, %.2f GiB stay", freed / GIB, self.loaded_size() / GIB)
         return freed
 
-    def _shrink(self, memory_to_free: float, afresh: bool = False) -> None:
+    @property
+    def _has_ring(self) -> bool:
+        """Whether all that the plan takes of the card is taken, its ring too where it has one."""
         session = self.stream.session
-        assert session.plan is not None
-        budget_bytes = int(session.plan.device_bytes - memory_to_free)
-        try:
-            plan = session.propose(budget_bytes, packing=self._packing(), unpacked=self._unpacked())
-        except BudgetTooSmall:
-            return
-        self._load_plan(plan, fresh=False, afresh=afresh)
-        write_ledger(self)
+        return session.is_in_run or session.plan is None or session.plan.is_resident
+
+    def _shrink(self, memory_to_free: float, afresh: bool = False) -> None:
+        """Make a plan with so much less, if there is one, and load it."""
+        plan = self._smaller_plan(memory_to_free)
+        if plan is not None:
+            self._load_plan(plan, fresh=False, afresh=afresh)
+            write_ledger(self)
+
+    def _smaller_plan(self, memory_to_free: float) -> Plan | None:
+        """A plan by which so many bytes of the card come free; while there is no ring yet, of residents alone."""
+        session, settings = self.stream.session, within(self.settings, self.stream)
+        present = session.plan
+        assert present is not None
+        propose = partial(session.propose, packing=self._packing(), unpacked=self._unpacked())
+        for prefetch in (settings.prefetch_blocks, 1):
+            budget_bytes = present.device_bytes - memory_to_free
+            for _ in range(FITTING_ROUNDS):
+                try:
+                    plan = propose(int(budget_bytes), prefetch=prefetch, stream_all=settings.mode is Mode.ALWAYS)
+                except BudgetTooSmall:
+                    break
+                resident_bytes = present.resident_bytes - plan.resident_bytes
+                freed_bytes = present.device_bytes - plan.device_bytes if self._has_ring else resident_bytes
+                if freed_bytes >= memory_to_free:
+                    return plan
+                budget_bytes -= memory_to_free - freed_bytes
+        return None
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """Restore the model. With `unpatch_weights` its weights leave the card; the slabs stay for the next load."""
@@ -353,7 +375,9 @@ class StreamingModelPatcher(ModelPatcher):
 
     def make_room(self) -> None:
         """Before a run: have other models of the same budget make way. Another node may have put this one elsewhere."""
-        if self.settings.budget is not None:
+        if self.settings.budget is None:
+            leave_budget(self.stream)
+        else:
             self.settings.budget.add(self.stream)
             wanted_bytes = 0 if self.settings.mode is Mode.ALWAYS else self.model_size()
             self.settings.budget.make_room(self.stream, wanted_bytes)

@@ -20,6 +20,7 @@ import comfy.model_management
 import torch
 
 from ..engine.plan import BudgetTooSmall
+from ..engine.store import HostMemoryFull
 from .leaving import make_leave
 from .policy import Leave, Part, PolicySettings, Stage, Switch
 from .settings import MIB, Mode
@@ -79,7 +80,7 @@ class Component:
             return
         try:
             comfy.model_management.load_models_gpu([patcher])
-        except (torch.OutOfMemoryError, BudgetTooSmall) as reason:
+        except (torch.OutOfMemoryError, BudgetTooSmall, HostMemoryFull) as reason:
             # What the stage has made must not be lost with it.
             self._say(f"{self.part.value} comes back when it is needed: {reason}")
             return

@@ -102,3 +102,37 @@ def test_a_load_that_fails_leaves_no_memory_half_locked():
     assert torch.equal(one_pass(session, walker, x), expected)
     session.close()
     assert device.locked_bytes == 0
+
+
+def test_a_device_that_fails_while_it_locks_loses_no_count():
+    class Failing(SimulatedDevice):
+        def page_lock(self, memory: torch.Tensor) -> bool:
+            raise RuntimeError("device lost")
+
+    memory = HostMemory()
+    store = HostStore(Failing(1 << 30), memory)
+    store.build(0, 0, SIZE)
+    store.finish()
+    assert not store[0].is_locked and memory.total_bytes == SIZE and memory.locked_bytes == 0
+    store.close()
+    assert memory.total_bytes == memory.locked_bytes == store.host_bytes == 0
+
+
+def test_sizes_are_known_while_memory_is_locked():
+    """The live view asks for them at any time, and must not wait."""
+    walker, device = make_walker(), SlowDevice()
+    session = attach(walker, device)
+    sizes = []
+
+    def look(done: int, total: int) -> None:
+        sizes.append(
+            (session.link_bytes, session.in_file_bytes, session.packed_resident_bytes, session.page_locked_bytes)
+        )
+        assert not device.go.is_set() or done == total, "the look waited"
+        if done == total:
+            device.go.set()
+
+    threading.Timer(3, device.go.set).start()
+    session.load(plan_for(session, ALL_STREAMED), progress=look)
+    assert 0 < sizes[len(sizes) // 2][0] < sizes[-1][0] == session.page_locked_bytes
+    session.close()

@@ -147,6 +147,36 @@ def test_a_block_runs_again_after_an_error_that_the_model_caught(is_packed, kept
     assert torch.equal(walker(x), expected)
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_a_block_that_another_hook_keeps_from_beginning_is_not_counted(is_packed):
+    walker = make_walker()
+    is_inside = []
+
+    def refuse(block, _):
+        if is_inside:
+            raise ArithmeticError("not here")
+
+    def stop_inner(block, args):
+        is_inside.append(block)
+        with suppress(ArithmeticError):
+            walker.blocks[7](args[0])
+        is_inside.clear()
+
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, 4, PlainPacker()))
+    session.load(plan_for(session, ALL_STREAMED, prefetch=1, is_packed=is_packed))
+    one_pass(session, walker, x)
+    handles = [walker.blocks[3].norm.register_forward_pre_hook(lambda _, args: stop_inner(walker.blocks[3], args))]
+    handles.append(walker.blocks[7].register_forward_pre_hook(refuse, prepend=True))
+    for _ in range(3):
+        assert torch.equal(one_pass(session, walker, x), expected)
+    for handle in handles:
+        handle.remove()
+    session.close()
+    assert torch.equal(walker(x), expected)
+
+
 class Stop(BaseException):
     """As ComfyUI's interrupt, it is no Exception, so hooks that only see exceptions miss it."""
 

@@ -128,6 +128,16 @@ def test_where_triton_compiles_nothing_weights_travel_raw_and_the_log_says_why(m
     assert all(said[0].endswith(f"{type(error).__name__}: {str(error).splitlines()[0]}") for _ in said)
 
 
+def test_a_full_card_says_nothing_of_triton(monkeypatch):
+    monkeypatch.setattr(triton_launch, "probe_kernel", Compiling(RuntimeError("Triton Error [CUDA]: out of memory")))
+    triton_launch.can_launch.cache_clear()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        TritonPacker().works()
+    monkeypatch.setattr(triton_launch, "probe_kernel", Compiling(None))
+    assert TritonPacker().works()
+    triton_launch.can_launch.cache_clear()
+
+
 PREAMBLE = """
 from scripts.pack import load_pack
 load_pack()

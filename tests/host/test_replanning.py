@@ -60,6 +60,9 @@ def test_a_packer_that_does_not_work_is_found_out_when_it_is_wanted(monkeypatch,
     assert torch.equal(sample(streamed, steps=STEPS), expected)
     assert was_timed[0] == (packing is Packing.AUTO) and was_timed[-1]
     assert not stream.session.is_packed and stream.fitting_bytes is not None
+    asked = stream.settings
+    sample(streamed, steps=1, pixels=64)  # of which no times are known
+    assert stream.settings == asked
 
 
 def test_what_fits_is_measured_for_each_shape(load, sample, timed_card):

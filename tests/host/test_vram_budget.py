@@ -130,6 +130,11 @@ def test_a_budget_whose_place_another_has_taken_bounds_nothing_until_it_is_used_
         assert device.free_bytes() == int(budget.vram_gib * GIB) - device.used_bytes
         room_bytes = int(budget.ram_gib * GIB) - host_memory().total_bytes
         assert host_memory().has_room(room_bytes) and not host_memory().has_room(room_bytes + 1)
+    unbound = streamed(model, None)
+    sample(unbound)
+    assert device.free_bytes() == GIB - device.used_bytes and host_memory().has_room(room_bytes + 1)
+    sample(patchers[narrow])
+    assert device.free_bytes() == int(narrow.vram_gib * GIB) - device.used_bytes
 
 
 def test_a_whole_workflow_under_one_budget(card, load, sample):
@@ -213,8 +218,9 @@ def test_windows_locks_less_of_ram_so_that_buffers_can_be(monkeypatch, card, sha
     ram = psutil.virtual_memory()._replace(total=int((host.locked_bytes + memory.nbytes) / share))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
     monkeypatch.setattr(sys, "platform", "win32")
-    assert host.take(memory, device) is is_locked
-    host.give_back(memory.nbytes, memory.data_ptr() if is_locked else None, device)
+    locking = host.take(memory, device)
+    assert locking.result() is is_locked
+    host.give_back(memory.nbytes, memory.data_ptr(), locking, device)
 
 
 def test_a_part_that_would_be_kept_locked_goes_without_where_ram_is_short(card, load, sample):
