@@ -73,15 +73,15 @@ class HostMemory:
         A buffer is small, and what the rest is copied by: it is locked at once, above the ceiling too, and not refused.
         Raises HostMemoryFull.
         """
-        if not is_buffer and not self.has_room(memory.nbytes):
+        size_bytes = memory.nbytes
+        if not is_buffer and not self.has_room(size_bytes):
             most_gib = (self._ceilings().total_bytes or 0) / GIB
             raise HostMemoryFull(
-                f"streaming takes {(self.total_bytes + memory.nbytes) / GIB:.2f} GiB of RAM and more, and the budget "
+                f"streaming takes {(self.total_bytes + size_bytes) / GIB:.2f} GiB of RAM and more, and the budget "
                 f"allows {most_gib:.2f} GiB: raise ram_gb, or stream less by raising vram_gb"
             )
         most_bytes = self._ceilings().locked_bytes
-        may_lock = is_buffer or most_bytes is None or self.locked_bytes + memory.nbytes <= most_bytes
-        size_bytes = memory.nbytes
+        may_lock = is_buffer or most_bytes is None or self.locked_bytes + size_bytes <= most_bytes
         with self._counting:
             self.total_bytes += size_bytes
             self.locked_bytes += size_bytes * may_lock
@@ -94,12 +94,12 @@ class HostMemory:
         return locked
 
     def _lock(self, memory: torch.Tensor, device: Device) -> bool:
+        size_bytes = memory.nbytes
         try:
             is_locked = device.page_lock(memory)
         except RuntimeError as error:  # the device fails in all things, which whoever uses it will say
             logger.debug("page-locking failed: %s", error)
             is_locked = False
-        size_bytes = memory.nbytes
         if not is_locked:
             with self._counting:
                 self.locked_bytes -= size_bytes

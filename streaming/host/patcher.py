@@ -342,18 +342,19 @@ class StreamingModelPatcher(ModelPatcher):
     def _smaller_plan(self, memory_to_free: float) -> Plan | None:
         """A plan by which so many bytes of the card come free; while there is no ring yet, of residents alone."""
         session, settings = self.stream.session, within(self.settings, self.stream)
-        present = session.plan
+        present, has_ring = session.plan, self._has_ring
         assert present is not None
         propose = partial(session.propose, packing=self._packing(), unpacked=self._unpacked())
-        for prefetch in (settings.prefetch_blocks, 1):
+        for prefetch in dict.fromkeys((settings.prefetch_blocks, 1)):
             budget_bytes = present.device_bytes - memory_to_free
             for _ in range(FITTING_ROUNDS):
                 try:
                     plan = propose(int(budget_bytes), prefetch=prefetch, stream_all=settings.mode is Mode.ALWAYS)
                 except BudgetTooSmall:
                     break
-                resident_bytes = present.resident_bytes - plan.resident_bytes
-                freed_bytes = present.device_bytes - plan.device_bytes if self._has_ring else resident_bytes
+                freed_bytes = present.resident_bytes - plan.resident_bytes
+                if has_ring:
+                    freed_bytes = present.device_bytes - plan.device_bytes
                 if freed_bytes >= memory_to_free:
                     return plan
                 budget_bytes -= memory_to_free - freed_bytes

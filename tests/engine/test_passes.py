@@ -92,6 +92,19 @@ def test_a_block_that_runs_inside_another_keeps_its_host_tensors():
         session.close()
 
 
+def assert_streams_as_it_runs(walker, kept: float, is_packed: bool) -> None:
+    """Every pass has the bits of the resident one, with every block in its place."""
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, 4, PlainPacker()))
+    session.load(plan_for(session, kept, prefetch=1, is_packed=is_packed))
+    for _ in range(5):
+        assert torch.equal(one_pass(session, walker, x), expected)
+    assert session.meter.total.unplaced == 0
+    session.close()
+    assert torch.equal(walker(x), expected)
+
+
 @pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
 @pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
 def test_a_block_that_runs_inside_itself_has_its_weights_to_the_end(is_packed, kept):
@@ -103,15 +116,7 @@ def test_a_block_that_runs_inside_itself_has_its_weights_to_the_end(is_packed, k
 
     for block in walker.blocks:
         block.forward = in_halves(block)
-    x = make_input(walker)
-    expected = walker(x)
-    session = attach(walker, SimulatedDevice(1 << 30, 4, PlainPacker()))
-    session.load(plan_for(session, kept, prefetch=1, is_packed=is_packed))
-    for _ in range(5):
-        assert torch.equal(one_pass(session, walker, x), expected)
-    assert session.meter.total.unplaced == 0
-    session.close()
-    assert torch.equal(walker(x), expected)
+    assert_streams_as_it_runs(walker, kept, is_packed)
 
 
 @pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
@@ -136,15 +141,7 @@ def test_a_block_runs_again_after_an_error_that_the_model_caught(is_packed, kept
     walker.forward = forward
     for block in walker.blocks:
         block.down.register_forward_pre_hook(fail_at_first)
-    x = make_input(walker)
-    expected = walker(x)
-    session = attach(walker, SimulatedDevice(1 << 30, 4, PlainPacker()))
-    session.load(plan_for(session, kept, prefetch=1, is_packed=is_packed))
-    for _ in range(5):
-        assert torch.equal(one_pass(session, walker, x), expected)
-    assert session.meter.total.unplaced == 0
-    session.close()
-    assert torch.equal(walker(x), expected)
+    assert_streams_as_it_runs(walker, kept, is_packed)
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
-from layerstream.streaming.engine.staging import Staged, Staging, staging_bytes
+from layerstream.streaming.engine.staging import Staging
 from layerstream.streaming.engine.store import Ceilings, HostMemory, Slab
 
 from walkers import ALL_STREAMED, make_input, make_walker, one_pass, plan_for
@@ -231,69 +230,6 @@ def test_sessions_that_come_and_go_leave_no_thread_and_no_locked_memory():
         session.close()
         assert started() == 0
         assert memory.total_bytes == memory.locked_bytes == device.locked_bytes == 0
-
-
-def test_blocks_are_read_ahead_and_none_into_a_buffer_that_is_still_copied():
-    reads: list[int] = []
-    sizes = {index: 1000 + index for index in range(10)}
-
-    def source(index: int) -> Staged:
-        def read_into(stored):
-            reads.append(index)
-            stored.fill_(index)
-
-        return Staged(sizes[index], read_into, in_file=True)
-
-    device = SimulatedDevice(1 << 20)
-    stream, memory = device.copy_stream(), HostMemory()
-    stream.chance.random = lambda: 1.0  # nothing is copied before someone waits for it
-    staging = Staging(device, memory, {index: source(index) for index in sizes})
-    assert memory.total_bytes == memory.locked_bytes == staging_bytes(sizes.values())
-    staging.look_ahead(sizes)
-    found = {index: device.allocate(size) for index, size in sizes.items()}
-    for index in (0, 1, 2, 3):
-        while not staging.is_there(index):
-            pass
-    assert reads == [0, 1, 2, 3] and not staging.is_there(4)
-    for index in sizes:
-        staging.send(index, lambda stored, index=index: device.copy(found[index], stored, stream, stream), stream)
-        staging.look_ahead(sizes)
-    stream.synchronize()
-    assert all(bool((tensor == index).all()) for index, tensor in found.items())
-    assert sorted(set(reads)) == sorted(sizes)
-    staging.close()
-    assert memory.total_bytes == device.locked_bytes == 0
-
-
-def counted(reads: list[int], size_bytes: int) -> dict[int, Staged]:
-    """Ten blocks whose bytes are their index; `reads` is told of each that is read."""
-
-    def source(index: int) -> Staged:
-        def read_into(stored):
-            reads.append(index)
-            stored.fill_(index)
-
-        return Staged(size_bytes, read_into, in_file=True)
-
-    return {index: source(index) for index in range(10)}
-
-
-def test_what_is_not_needed_soon_any_more_makes_way():
-    reads: list[int] = []
-    device = SimulatedDevice(1 << 20)
-    staging = Staging(device, HostMemory(), counted(reads, 1000))
-    staging.look_ahead([6, 7, 8, 9])
-    staging.look_ahead([0, 1, 8, 2, 3])
-    deadline = time.monotonic() + 10
-    while not all(staging.is_there(index) for index in (0, 1, 8, 2)):
-        assert time.monotonic() < deadline
-    assert not staging.is_there(3) and reads.count(8) == 1
-    stream, memory = device.copy_stream(), {index: device.allocate(1000) for index in (0, 1, 8, 2)}
-    for index, found in memory.items():
-        staging.send(index, lambda stored, found=found: device.copy(found, stored, stream, stream), stream)
-    stream.synchronize()
-    assert all(bool((found == index).all()) for index, found in memory.items())
-    staging.close()
 
 
 def test_what_changes_on_the_host_is_read_again():
