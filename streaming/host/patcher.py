@@ -212,10 +212,10 @@ class StreamingModelPatcher(ModelPatcher):
 
     def _load_plan(self, plan: Plan, fresh: bool, afresh: bool = False) -> None:
         """Bring the model to `plan`. Where weights did not pack as small as thought, plan again with what is known."""
-        session, hooks = self.stream.session, self.current_hooks
+        session = self.stream.session
         progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
         marks = self._marks()
-        # Scheduled hooks change weights in place, where a file cannot be changed, and what moves loses its changes.
+        # Scheduled hooks change weights in place, where a file cannot be changed.
         load = partial(
             session.load,
             marks=marks,
@@ -224,8 +224,7 @@ class StreamingModelPatcher(ModelPatcher):
             afresh=afresh,
             all_in_slabs=bool(self.hook_patches),
         )
-        self.unpatch_hooks()
-        with self.stream.moving():
+        with self._without_hooks(), self.stream.moving():
             load(plan)
             if session.device_bytes > plan.device_bytes + SMALL_EXCESS_BYTES:
                 is_all_streamed = not plan.resident_bytes
@@ -237,6 +236,13 @@ class StreamingModelPatcher(ModelPatcher):
                         stream_all=is_all_streamed,
                     )
                 )
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """The scope in which weights move: what scheduled hooks change in place would be lost, and is changed again."""
+        hooks = self.current_hooks
+        self.unpatch_hooks()
+        yield
         if hooks is not None:
             self.patch_hooks(hooks)
 
@@ -391,10 +397,8 @@ class StreamingModelPatcher(ModelPatcher):
         """
         if self.stream.is_in_place or self._is_elsewhere:
             return
-        hooks = self.current_hooks
-        comfy.model_management.load_models_gpu([self])
-        if hooks is not None:
-            self.patch_hooks(hooks)
+        with self._without_hooks():
+            comfy.model_management.load_models_gpu([self])
 
     @contextmanager
     def passing(self) -> Iterator[None]:

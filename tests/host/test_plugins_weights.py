@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import comfy.hooks
+import comfy.model_management
 import pytest
 import torch
 from layerstream.streaming.host.patcher import StreamingModelPatcher
@@ -90,8 +91,18 @@ def test_scheduled_loras(name, is_packed):
     assert_equal_streamed(name, lambda model: apply(model, other, 0.8), change, steps=4, is_packed=is_packed)
 
 
+def constant_hooks():
+    """Conditioning with weight hooks that never change: ComfyUI changes weights when hooks do, not when they move."""
+    with torch.inference_mode():
+        hooks = comfy.hooks.create_hook_lora(make_lora(build_tiny_model("flux"), seed=3), 1.0, 1.0)
+
+    def change(*both):
+        return tuple(node("nodes_hooks", "SetModelHooksOnCond", conditioning=one, hooks=hooks)[0] for one in both)
+
+    return change
+
+
 def test_a_scheduled_lora_outlasts_a_plan_made_in_mid_run(monkeypatch):
-    """ComfyUI changes weights when hooks change, which those here never do, and not when weights move."""
     passing, freed = StreamingModelPatcher.passing, []
 
     def passing_under_pressure(self):
@@ -100,14 +111,22 @@ def test_a_scheduled_lora_outlasts_a_plan_made_in_mid_run(monkeypatch):
         return passing(self)
 
     monkeypatch.setattr(StreamingModelPatcher, "passing", passing_under_pressure)
-    with torch.inference_mode():
-        hooks = comfy.hooks.create_hook_lora(make_lora(build_tiny_model("flux"), seed=3), 1.0, 1.0)
-
-    def change(*both):
-        return tuple(node("nodes_hooks", "SetModelHooksOnCond", conditioning=one, hooks=hooks)[0] for one in both)
-
-    assert_equal_streamed("flux", change=change, steps=4)
+    assert_equal_streamed("flux", change=constant_hooks(), steps=4)
     assert max(freed) > 0
+
+
+def test_a_scheduled_lora_comes_back_with_a_model_that_has_left_between_two_steps(monkeypatch):
+    prepare_state, left = StreamingModelPatcher.prepare_state, []
+
+    def prepare_after_leaving(self, *args, **kwargs):
+        if self.stream.session.meter.passes == 2:
+            comfy.model_management.unload_all_models()
+            left.append(not self.stream.is_in_place)
+        prepare_state(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamingModelPatcher, "prepare_state", prepare_after_leaving)
+    assert_equal_streamed("flux", change=constant_hooks(), steps=4)
+    assert left and all(left)
 
 
 def test_scheduled_loras_beside_one_at_run_time():
