@@ -140,14 +140,19 @@ class FreeMemoryWatch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
+        self._ended = threading.Event()
         self._lock = threading.Lock()
         self._lowest_free_bytes = sys.maxsize
         self.sample()
 
     def run(self) -> None:
-        while True:
+        while not self._ended.wait(POLL_S):
             self.sample()
-            time.sleep(POLL_S)
+
+    def end(self) -> None:
+        """Stop polling: a thread that is in a call of CUDA's as the interpreter ends has the process abort."""
+        self._ended.set()
+        self.join()
 
     def sample(self) -> CardUse:
         """Look once, note the least, and return both."""
@@ -182,6 +187,7 @@ def main() -> None:
     for line in sys.stdin:
         use = watch.reset() if line.strip() == "reset" else watch.sample()
         print(json.dumps(use._asdict()), flush=True)
+    watch.end()
     del held
 
 

@@ -1,24 +1,34 @@
-"""Brings what a file holds to the device for good, by way of two page-locked buffers: one is read, the other copied.
+"""Brings what a file holds to the device for good, by way of page-locked buffers: some are read, others copied.
 
 In: where bytes lie in a file, and device memory. Out: the bytes there, as soon as the compute stream has come so far.
-Copied from its mapping, they would have the mapping's pages count as this process's memory.
+Copied from its mapping, they would have the mapping's pages count as this process's memory. What will be asked for next
+is read ahead, while whoever asks is busy with what came.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from .device import Device
-from .mapped import CAN_READ, FileSlice
+from .mapped import CAN_READ, FileSlice, Reading
 from .store import Buffer, HostMemory
 
-BUFFERS = 2
+BUFFERS = 4
 BUFFER_BYTES = 32 * 1024**2
 
 # What is smaller is not worth the buffers.
 WORTH_BYTES = 1024**2
+
+
+class Piece(NamedTuple):
+    """What one buffer holds: the bytes of a file's slice from `begin` on."""
+
+    file: FileSlice
+    begin: int
 
 
 class Bounce:
@@ -27,7 +37,21 @@ class Bounce:
     def __init__(self, device: Device, host_memory: HostMemory) -> None:
         self._device = device
         self._host_memory = host_memory
-        self._buffers: deque[Buffer] = deque()
+        self._idle: deque[Buffer] = deque()
+        self._begun: dict[Piece, tuple[Buffer, Reading]] = {}
+        self._coming: deque[Piece] = deque()
+
+    def look_ahead(self, files: Iterable[FileSlice]) -> None:
+        """Begin to read what will be brought next, in this order, as far as there are buffers. What was begun of other
+        files makes way.
+        """
+        if not CAN_READ:
+            return
+        pieces = [piece for file in files if file.size_bytes >= WORTH_BYTES for piece in _pieces(file)]
+        for piece in self._begun.keys() - pieces:
+            self._give_up(piece)
+        self._coming = deque(piece for piece in pieces if piece not in self._begun)
+        self._read_ahead()
 
     def bring(self, file: FileSlice, destination: torch.Tensor) -> bool:
         """Start to fill device memory `destination` (uint8 [size_bytes]); False where this system cannot.
@@ -42,27 +66,57 @@ class Bounce:
             destination.copy_(stored)
             return True
         compute = self._device.compute_stream()
-        for begin in range(0, file.size_bytes, BUFFER_BYTES):
-            piece = destination[begin : begin + BUFFER_BYTES]
-            buffer = self._next_buffer()
-            stored = buffer.slab.stored[: piece.numel()]
-            file.read_into(stored, begin)
-            self._device.copy(piece, stored, compute, compute)
+        for piece in _pieces(file):
+            target = destination[piece.begin : piece.begin + BUFFER_BYTES]
+            if piece not in self._begun:
+                if piece in self._coming:
+                    self._coming.remove(piece)
+                self._begin(piece, self._next_buffer())
+            buffer, reading = self._begun.pop(piece)
+            self._idle.append(buffer)
+            reading.finish()
+            self._device.copy(target, buffer.slab.stored[: target.numel()], compute, compute)
             buffer.sent.record(compute)
+            self._read_ahead()
         return True
 
+    def _read_ahead(self) -> None:
+        while self._coming and (buffer := self._free_buffer()) is not None:
+            self._begin(self._coming.popleft(), buffer)
+
+    def _begin(self, piece: Piece, buffer: Buffer) -> None:
+        stored = buffer.slab.stored[: piece.file.size_bytes - piece.begin]
+        self._begun[piece] = buffer, piece.file.begin_reading(stored, piece.begin)
+
+    def _free_buffer(self) -> Buffer | None:
+        """A buffer whose bytes are on the device; None while there is none."""
+        if len(self._idle) + len(self._begun) < BUFFERS:
+            return Buffer(self._device, self._host_memory, BUFFER_BYTES)
+        return self._idle.popleft() if self._idle and self._idle[0].sent.query() else None
+
     def _next_buffer(self) -> Buffer:
-        """A buffer whose bytes are on the device."""
-        if len(self._buffers) < BUFFERS:
-            self._buffers.append(Buffer(self._device, self._host_memory, BUFFER_BYTES))
-        else:
-            self._buffers.rotate(-1)
-            self._buffers[-1].sent.synchronize()
-        return self._buffers[-1]
+        """A buffer whose bytes are on the device, whatever it takes."""
+        buffer = self._free_buffer()
+        if buffer is None:
+            if not self._idle:
+                self._give_up(next(reversed(self._begun)))
+            buffer = self._idle.popleft()
+            buffer.sent.synchronize()
+        return buffer
+
+    def _give_up(self, piece: Piece) -> None:
+        buffer, reading = self._begun.pop(piece)
+        reading.stop()
+        self._idle.appendleft(buffer)
 
     def finish(self) -> None:
         """End a load: give the buffers back, after the copies from them."""
-        for buffer in self._buffers:
+        self.look_ahead(())
+        for buffer in self._idle:
             buffer.sent.synchronize()
             buffer.slab.close()
-        self._buffers.clear()
+        self._idle.clear()
+
+
+def _pieces(file: FileSlice) -> list[Piece]:
+    return [Piece(file, begin) for begin in range(0, file.size_bytes, BUFFER_BYTES)]

@@ -6,7 +6,7 @@ module. Slabs are kept and used again as long as they hold what is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
 
@@ -28,6 +28,9 @@ Changed = Callable[[Weight], torch.Tensor | None]
 
 # Where a tensor's bytes lie in a file; None for one that is not mapped from there.
 FileOf = Callable[[torch.Tensor], FileSlice | None]
+
+# Of blocks after the one that is brought, so much is looked at for what to read ahead; more than the buffers hold.
+AHEAD_BYTES = 256 * 1024**2
 
 # Index of what lies outside the blocks, among the slabs.
 OUTSIDE = -1
@@ -63,6 +66,31 @@ class BlockLoader:
         """Bytes of slabs that hold something else than home tensors do."""
         slabs = (self.store.get(index) for index, mark in self._marks.items() if mark is not None)
         return sum(slab.size_bytes for slab in slabs if slab is not None)
+
+    def look_ahead(self, coming: Iterable[tuple[int, Block, Form, Hashable]]) -> None:
+        """Begin to read what `place` will bring to the device of these blocks, soonest first."""
+        files: list[FileSlice] = []
+        ahead_bytes = 0
+        for number, (index, block, form, mark) in enumerate(coming):
+            if ahead_bytes >= AHEAD_BYTES:
+                break
+            if self._comes_from_file(index, form, mark):
+                found = self._files(block.weights[cut_of(block) :])
+                files += found
+                ahead_bytes += sum(file.size_bytes for file in found) if number else 0
+        self._bounce.look_ahead(files)
+
+    def _comes_from_file(self, index: int, form: Form, mark: Hashable) -> bool:
+        """Whether weights of block `index` pass through the device on their way to `form`, or stay there."""
+        slab = self.store.get(index)
+        if index in self.host_room.in_file or (slab is not None and self._marks[index] == mark):
+            return False
+        return mark is not None or form.is_packed or not (form.is_streamed or self.host_room.is_shelving)
+
+    def _files(self, weights: Iterable[Weight]) -> list[FileSlice]:
+        """Where in their files the bytes are of those weights that are read from there as they are."""
+        files = (self._file_of(weight.home) for weight in weights if _is_verbatim(weight))
+        return [file for file in files if file is not None]
 
     def place(self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed) -> MovingBlock | None:
         """Bring the moving weights of `block`, of which its module has the home tensors, into `form`; None if resident.
@@ -211,6 +239,7 @@ class BlockLoader:
         if cut == 0:
             return
         memory = self._device.allocate(block.offset_of(cut))
+        self._bounce.look_ahead(self._files(block.weights[:cut]))
         for weight in block.weights[:cut]:
             self._keep_weight(weight, changed(weight), memory[weight.offset :])
 
@@ -241,8 +270,7 @@ class BlockLoader:
             piece.zero_()  # the host leaves weights that its file lacks on `meta`; they count as zeros
             return
         file = self._file_of(weight.home)
-        is_verbatim = changed is None and weight.codec.is_verbatim and not weight.dtype_changes
-        if file is not None and is_verbatim:
+        if file is not None and changed is None and _is_verbatim(weight):
             read_into = self._bounce.bring if is_on_device else FileSlice.read_into
             if read_into(file, piece[: file.size_bytes]):
                 return
@@ -277,6 +305,11 @@ class BlockLoader:
         self.finish()
         self.store.close()
         self._marks.clear()
+
+
+def _is_verbatim(weight: Weight) -> bool:
+    """Whether what is stored of the home tensor is its own bytes."""
+    return weight.codec.is_verbatim and not weight.dtype_changes
 
 
 def _restored(block: Block, cut: int, slab: Slab | None, layout: Layout, mark: Hashable) -> MovingBlock:

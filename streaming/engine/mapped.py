@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,24 @@ PIECE_BYTES = 8 * 1024**2
 CAN_READ = hasattr(os, "preadv")
 
 
+class Reading(NamedTuple):
+    """Reads that other threads do."""
+
+    parts: list[Future[None]]
+
+    def stop(self) -> None:
+        """Have nothing written any more."""
+        for part in self.parts:
+            part.cancel()
+        wait(self.parts)
+
+    def finish(self) -> None:
+        """Wait for the bytes. Raises what reading raised, and then nothing is written any more either."""
+        wait(self.parts)
+        for part in self.parts:
+            part.result()
+
+
 class FileSlice(NamedTuple):
     """Bytes of an open file, and the address that they are mapped at."""
 
@@ -30,24 +48,25 @@ class FileSlice(NamedTuple):
     size_bytes: int
     address: int
 
-    def read_into(self, stored: torch.Tensor, begin: int = 0) -> bool:
-        """Fill uint8 host memory with the bytes from `begin` on; False where this system cannot.
+    def read_into(self, stored: torch.Tensor) -> bool:
+        """Fill uint8 host memory [size_bytes] with the bytes; False where this system cannot.
 
         Raises OSError when the file has become shorter, where reading the mapping would end the process.
         """
         if not CAN_READ:
             return False
-        assert begin + stored.numel() <= self.size_bytes
-        pieces = stored.split(PIECE_BYTES)
-        if len(pieces) == 1:
-            self._read(begin, stored)
+        if stored.numel() <= PIECE_BYTES:
+            self._read(0, stored)
         else:
-            starts = range(begin, begin + stored.numel(), PIECE_BYTES)
-            reads = [threads.submit(self._read, start, piece) for start, piece in zip(starts, pieces, strict=True)]
-            wait(reads)  # for all of them: beside one that failed none shall go on writing
-            for read in reads:
-                read.result()
+            self.begin_reading(stored, 0).finish()
         return True
+
+    def begin_reading(self, stored: torch.Tensor, begin: int) -> Reading:
+        """Start to fill uint8 host memory with the bytes from `begin` on. Only where the system can read so."""
+        assert begin + stored.numel() <= self.size_bytes
+        starts = range(begin, begin + stored.numel(), PIECE_BYTES)
+        pieces = zip(starts, stored.split(PIECE_BYTES), strict=True)
+        return Reading([threads.submit(self._read, start, piece) for start, piece in pieces])
 
     def _read(self, begin: int, stored: torch.Tensor) -> None:
         left, position = stored.numpy().data, self.offset + begin

@@ -60,7 +60,8 @@ def make_plan(
     if budget_bytes is None or stream_all:
         wider = residency.stream_everything(depths[0], PACES[0], SCRATCH_PLACES[0])
         return wider if budget_bytes is None or wider.device_bytes <= budget_bytes else least
-    return _best(residency, budget_bytes, depths, is_timed=rates is not None) or least
+    best = _best(residency, budget_bytes, depths, is_timed=rates is not None)
+    return best or residency.filled(least, budget_bytes, SCRATCH_PLACES[-1])
 
 
 def _best(residency: Residency, budget_bytes: int, depths: Sequence[int], *, is_timed: bool) -> Plan | None:

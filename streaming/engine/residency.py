@@ -125,6 +125,7 @@ class Residency:
             return 1.0, 1.0
         if self.rates is None:
             return 0.0, 0.0
+        room_bytes = max(0.0, room_bytes)
         link = SUSTAINED * self.rates.link
         saved, cost = (1 - self.packed_share) / link, pace * RESTORE_TOLL / self.rates.restore
         streamed = self.moving_bytes - room_bytes
@@ -148,7 +149,7 @@ class Residency:
 
     def _resident_bytes(self, room_bytes: float, packed: float) -> float:
         """How many bytes of weights `room_bytes` hold when the share `packed` of them is packed."""
-        return min(float(self.moving_bytes), max(0.0, room_bytes) / (1 - packed * (1 - self.packed_share)))
+        return min(float(self.moving_bytes), room_bytes / (1 - packed * (1 - self.packed_share)))
 
     def within(self, budget_bytes: int, depth: int, pace: float, scratch_places: float) -> Plan | None:
         """A plan for the budget with a ring of `depth` places; None when the ring leaves no room."""
@@ -159,8 +160,9 @@ class Residency:
         room_bytes = float(budget_bytes - held_bytes - ring_bytes - scratch_bytes)
         best: Plan | None = None
         # Blocks are whole and the spread leaves some of it where the link has nothing to do, so what comes out differs
-        # from what was asked for; asking differently, as a secant says, closes the gap.
-        low, high, slope, last = 0.0, room_bytes, 1.0, (room_bytes, 0.0)
+        # from what was asked for; asking differently, as a secant says, closes the gap. Where blocks that compute long
+        # have few bytes, more than all must be asked for before enough of the others streams.
+        low, high, slope, last = -float(self.moving_bytes), room_bytes, 1.0, (room_bytes, 0.0)
         for _ in range(FITTING_ROUNDS):
             streamed = self.moving_bytes - self._resident_bytes(room_bytes, pack_kept)
             plan = self.plan(self._spread(streamed, pack, pack_kept, ring_bytes), ring_bytes, scratch_places)
@@ -176,7 +178,7 @@ class Residency:
             room_bytes -= (over_bytes + self.largest(False) / 2) / slope
             if not low < room_bytes < high:
                 room_bytes = (low + high) / 2
-        return None if best is None else self.with_forecast(self._filled(best, budget_bytes, scratch_places))
+        return None if best is None else self.filled(best, budget_bytes, scratch_places)
 
     def _spread(self, streamed_bytes: float, pack: float, pack_kept: float, ring_bytes: float) -> list[Form]:
         """Deal the forms out by error diffusion: each block streams as the time so far asks for.
@@ -224,7 +226,7 @@ class Residency:
             small.add(index)
         return small
 
-    def _filled(self, plan: Plan, budget_bytes: int, scratch_places: float) -> Plan:
+    def filled(self, plan: Plan, budget_bytes: int, scratch_places: float) -> Plan:
         """Use what whole blocks left over: keep more of them, as long as they fit."""
         spare = budget_bytes - plan.device_bytes
         forms = list(plan.forms)
@@ -237,7 +239,7 @@ class Residency:
             if 0 < size <= spare:
                 forms[index] = form
                 spare -= size
-        return self.plan(forms, plan.ring_bytes, scratch_places)
+        return self.with_forecast(self.plan(forms, plan.ring_bytes, scratch_places))
 
 
 def _giants(blocks: Sequence[BlockCost], by_size: Sequence[int]) -> set[int]:

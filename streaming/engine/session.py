@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,8 @@ class Session:
         self.meter = Meter(device)
         self.plan: Plan | None = None
         self.is_running = False
+        self.can_pack = device.packer is not None
+        """Whether weights can be packed, as far as a plan has asked for it."""
         self._note_bound = note_bound
         self._loader = BlockLoader(device, keep_home, file_of, host_memory or HostMemory())
         self._costs = CostSheet(parts, device, self.meter, self._loader.packer.packed_bytes)
@@ -99,16 +102,21 @@ class Session:
     ) -> Plan:
         """Make a plan with what was measured so far; the blocks in `unpacked` are not packed. Otherwise `make_plan`."""
         order = self._costs.order()
-        plan = make_plan(
+        make = partial(
+            make_plan,
             self._costs.of(order, unpacked),
             budget_bytes=budget_bytes,
             outside_bytes=self.outside_bytes,
             rates=self._costs.rates,
-            packing=packing,
             prefetch=prefetch,
             stream_all=stream_all,
             present=[self.plan.forms[index] for index in order] if self.plan and self._costs.rates else None,
         )
+        plan = make(packing=packing if self.can_pack else Packing.NEVER)
+        # Finding out takes a second or more where nothing was compiled before, so it is left until something is packed.
+        if plan.is_packed and self.device.packer is not None and not self.device.packer.works():
+            self.can_pack = False
+            plan = make(packing=Packing.NEVER)
         form_of = dict(zip(order, plan.forms, strict=True))
         return replace(plan, forms=tuple(form_of[index] for index in sorted(order)))
 
@@ -312,8 +320,9 @@ class Session:
         # changed weights are, which goes on between residents: they have their memory before, lest it leave holes.
         stale.sort(key=lambda index: (not plan.forms[index].is_packed, not plan.forms[index].is_streamed))
         staying = [index for index in stale if plan.forms[index] is Form.RESIDENT]
-        for index in stale:
+        for number, index in enumerate(stale):
             block, mark = blocks[index], marks.blocks[index]
+            self._loader.look_ahead((i, blocks[i], plan.forms[i], marks.blocks[i]) for i in stale[number:])
             if not plan.forms[index].is_packed:
                 self._loader.packer.finish()
             if staying and index == staying[0]:

@@ -256,18 +256,14 @@ class StreamingModelPatcher(ModelPatcher):
 
         Not under scheduled hooks: those change weights in place on the host, where the packed ones would not follow.
         """
-        stream, packer = self.stream, self.stream.device.packer
-        if packer is None or self.hook_patches or not stream.has_room_for_packed():
+        stream = self.stream
+        if not stream.session.can_pack or self.hook_patches or not stream.has_room_for_packed():
             return Packing.NEVER
         # A simulated card has no times to decide by; one that can pack is there to have packing tried.
         is_auto, is_blind = self.settings.packing is Packing.AUTO, not stream.device.has_clock
         # What RAM has no room for is read from its file in every pass, which takes longer than anything else.
         is_short = stream.note_ram(least_streamed_bytes(stream, within(self.settings, stream)))
-        packing = Packing.ALWAYS if is_auto and (is_blind or is_short) else self.settings.packing
-        # What a first plan does not pack shall not wait until it is known whether anything can be.
-        if packing is Packing.ALWAYS or stream.session.is_timed:
-            stream.can_pack = packer.works()
-        return packing if stream.can_pack else Packing.NEVER
+        return Packing.ALWAYS if is_auto and (is_blind or is_short) else self.settings.packing
 
     def _marks(self) -> Marks:
         """Blocks with patches are out of date whenever the patches change."""

@@ -82,8 +82,6 @@ class ModelStream:
     load_id: uuid.UUID | None = None
     told_bytes: int = 0
     """What ComfyUI was told that the model has on the card."""
-    can_pack: bool = True
-    """Whether the device's packer works, as far as it was asked."""
     is_guided: bool = False
     estimates: tuple[Way, ...] = (Way(),)
     """How the coming run can go, the one in a single walk first, by ComfyUI's estimates of what compute needs."""

@@ -46,7 +46,7 @@ def _form(patcher: StreamingModelPatcher) -> str:
     expected = session.expect(session.plan)
     if expected is None or expected.limit == "compute":
         return "raw"
-    if stream.device.packer is None or not stream.device.packer.works():
+    if not session.can_pack:
         return "raw (packing needs Triton)"
     if patcher.hook_patches:
         return "raw (scheduled hooks change weights)"

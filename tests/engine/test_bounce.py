@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -58,7 +59,56 @@ def test_bytes_arrive_whole(small_buffers, tmp_path, size_bytes):
     assert host_memory.total_bytes == host_memory.locked_bytes == 0
 
 
-def test_two_buffers_are_enough_and_none_is_taken_for_little(small_buffers, tmp_path):
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_arrive_whole_whatever_was_thought_to_come(small_buffers, tmp_path, seed):
+    chance = random.Random(seed)
+    expected, device, host_memory = written(tmp_path, 60_000), LateDevice(), HostMemory()
+    found = []
+    with (tmp_path / "weights").open("rb") as file:
+        starts = sorted(chance.sample(range(60_000), 12))
+        ends = [*starts[1:], 60_000]
+        slices = [FileSlice(file.fileno(), HEADER_BYTES + a, b - a, 0) for a, b in zip(starts, ends, strict=True)]
+        way = Bounce(device, host_memory)
+        for number, asked in enumerate(slices):
+            if chance.random() < 0.5:
+                way.look_ahead(chance.sample(slices, chance.randrange(6)) if seed % 2 else slices[number:])
+            if chance.random() < 0.8:
+                found.append((asked, device.allocate(asked.size_bytes)))
+                way.bring(*found[-1])
+        way.finish()
+    device.compute_stream().synchronize()
+    for asked, destination in found:
+        begin = asked.offset - HEADER_BYTES
+        assert torch.equal(destination, expected[begin : begin + asked.size_bytes])
+    assert host_memory.total_bytes == host_memory.locked_bytes == 0
+
+
+def test_what_comes_next_is_read_before_it_is_asked_for(small_buffers, monkeypatch, tmp_path):
+    written(tmp_path, 10_000)
+    begun = []
+    begin_reading = FileSlice.begin_reading
+
+    def noted(self, stored, begin):
+        begun.append(self.offset + begin - HEADER_BYTES)
+        return begin_reading(self, stored, begin)
+
+    monkeypatch.setattr(FileSlice, "begin_reading", noted)
+    device = LateDevice()
+    with (tmp_path / "weights").open("rb") as file:
+        slices = [FileSlice(file.fileno(), HEADER_BYTES + begin, 2500, 0) for begin in range(0, 10_000, 2500)]
+        way = Bounce(device, HostMemory())
+        way.look_ahead(slices)
+        assert begun == [0, 1000, 2000, 2500]
+        way.bring(slices[0], device.allocate(2500))
+        device.compute_stream().synchronize()
+        way.look_ahead(slices[1:])
+        assert begun == [0, 1000, 2000, 2500, 3500, 4500, 5000], "what was begun is not begun again"
+        way.look_ahead(slices[3:])
+        assert begun[7:] == [7500, 8500, 9500], "what is left out makes way"
+        way.finish()
+
+
+def test_four_buffers_are_enough_and_none_is_taken_for_little(small_buffers, tmp_path):
     written(tmp_path, 5000)
     device, host_memory = LateDevice(), HostMemory()
     with (tmp_path / "weights").open("rb") as file:
@@ -66,19 +116,24 @@ def test_two_buffers_are_enough_and_none_is_taken_for_little(small_buffers, tmp_
         way.bring(FileSlice(file.fileno(), HEADER_BYTES, 99, 0), device.allocate(99))
         assert host_memory.total_bytes == 0
         way.bring(FileSlice(file.fileno(), HEADER_BYTES, 5000, 0), device.allocate(5000))
-        assert host_memory.locked_bytes == 2 * BUFFER_BYTES
+        assert host_memory.locked_bytes == 4 * BUFFER_BYTES
         way.finish()
     assert host_memory.locked_bytes == 0
 
 
-def test_a_file_that_became_shorter_is_an_error_after_which_the_buffers_can_be_given_back(small_buffers, tmp_path):
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["asked for", "looked ahead"])
+def test_a_file_that_became_shorter_is_an_error_after_which_the_buffers_can_be_given_back(
+    small_buffers, tmp_path, is_ahead
+):
     written(tmp_path, 5000)
     device, host_memory = LateDevice(), HostMemory()
     with (tmp_path / "weights").open("r+b") as file:
         file.truncate(HEADER_BYTES + 3500)
-        way = Bounce(device, host_memory)
+        way, asked = Bounce(device, host_memory), FileSlice(file.fileno(), HEADER_BYTES, 5000, 0)
+        if is_ahead:
+            way.look_ahead([asked])
         with pytest.raises(OSError, match="load the model again"):
-            way.bring(FileSlice(file.fileno(), HEADER_BYTES, 5000, 0), device.allocate(5000))
+            way.bring(asked, device.allocate(5000))
         way.finish()
     assert host_memory.total_bytes == 0
 

@@ -61,7 +61,11 @@ def test_a_plan_is_within_budget_and_accounts_for_every_byte(model, budget, outs
     assert plan.resident_bytes == sum(block.fixed_bytes for block in blocks) + sum(
         block.bytes_as(form) for block, form in kept
     )
+    spare = budget - plan.device_bytes
     for block, form in zip(blocks, plan.forms, strict=True):
+        if form.is_streamed:
+            size = block.packed_bytes if form.is_packed else block.moving_bytes
+            assert not 0 < size <= spare, "no block streams that there is room for"
         assert not form.is_streamed or block.bytes_as(form) <= plan.ring_bytes
         assert not form.is_packed or (block.packed_bytes is not None and block.moving_bytes <= plan.scratch_bytes)
         assert not form.is_packed or packing is not Packing.NEVER
@@ -153,6 +157,18 @@ def test_more_memory_never_takes_longer():
     ]
     assert all(more <= 1.03 * less for less, more in itertools.pairwise(steps))
     assert steps[-1] < 0.65 * steps[0]
+
+
+def test_most_of_a_model_streams_where_the_blocks_that_compute_long_have_few_bytes():
+    # As in a UNet: the outer blocks see large images and have few channels.
+    outer = [BlockCost(f"outer.{i}", 0, 4 * MIB, None, 0.0, 2.0) for i in range(10)]
+    inner = [BlockCost(f"inner.{i}", 0, 64 * MIB, None, 0.0, 0.5) for i in range(70)]
+    blocks = [*outer[:5], *inner, *outer[5:]]
+    plan = make_plan(blocks, budget_bytes=GIB, rates=RATES)
+    assert plan.device_bytes > 0.93 * GIB
+    assert all(form.is_streamed for block, form in zip(blocks, plan.forms, strict=True) if block in outer)
+    everything = make_plan(blocks, budget_bytes=GIB, rates=RATES, stream_all=True)
+    assert plan.expected.step_ms < 0.87 * everything.expected.step_ms
 
 
 def test_a_link_that_cannot_keep_pace_is_never_idle():
