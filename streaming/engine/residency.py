@@ -162,7 +162,7 @@ class Residency:
         # Blocks are whole and the spread leaves some of it where the link has nothing to do, so what comes out differs
         # from what was asked for; asking differently, as a secant says, closes the gap. Where blocks that compute long
         # have few bytes, more than all must be asked for before enough of the others streams.
-        low, high, slope, last = -float(self.moving_bytes), room_bytes, 1.0, (room_bytes, 0.0)
+        low, high, slope, last = 0.0, room_bytes, 1.0, (room_bytes, 0.0)
         for _ in range(FITTING_ROUNDS):
             streamed = self.moving_bytes - self._resident_bytes(room_bytes, pack_kept)
             plan = self.plan(self._spread(streamed, pack, pack_kept, ring_bytes), ring_bytes, scratch_places)
@@ -176,6 +176,8 @@ class Residency:
                 slope = (over_bytes - last[1]) / (room_bytes - last[0])
             last = room_bytes, float(over_bytes)
             room_bytes -= (over_bytes + self.largest(False) / 2) / slope
+            if room_bytes <= low == 0.0:
+                low = -float(self.moving_bytes)
             if not low < room_bytes < high:
                 room_bytes = (low + high) / 2
         return None if best is None else self.filled(best, budget_bytes, scratch_places)
