@@ -68,13 +68,17 @@ class BlockLoader:
         return sum(slab.size_bytes for slab in slabs if slab is not None)
 
     def look_ahead(self, coming: Iterable[tuple[int, Block, Form, Hashable]]) -> None:
-        """Begin to read what `place` will bring to the device of these blocks, soonest first."""
+        """Begin to read what `place` will bring to the device of these blocks, soonest first.
+
+        As long as what comes next is not of that kind nothing is: buffers would take RAM that slabs may have.
+        """
         files: list[FileSlice] = []
         ahead_bytes = 0
         for number, (index, block, form, mark) in enumerate(coming):
-            if ahead_bytes >= AHEAD_BYTES:
+            is_brought = self._comes_from_file(index, form, mark)
+            if ahead_bytes >= AHEAD_BYTES or not (is_brought or files):
                 break
-            if self._comes_from_file(index, form, mark):
+            if is_brought:
                 found = self._files(block.weights[cut_of(block) :])
                 files += found
                 ahead_bytes += sum(file.size_bytes for file in found) if number else 0

@@ -23,6 +23,10 @@ SCRATCH_PLACES = (2.0, 1.5, 1.0)
 # The link shall be done in this share of a pass, so that what is uneven has room.
 PACES = (0.99, 0.94)
 
+# Where that is not near what it cannot be faster than, because little computes beside many bytes, as within a UNet.
+UNEVEN_PACES = (0.8, 0.6)
+FAR_FROM_FLOOR = 1.02
+
 # A plan this near to what it cannot be faster than is good enough.
 NEAR_FLOOR = 1.003
 
@@ -66,15 +70,18 @@ def make_plan(
 
 def _best(residency: Residency, budget_bytes: int, depths: Sequence[int], *, is_timed: bool) -> Plan | None:
     """The best plan for the budget, trying sizes of ring and scratch; None when no residents fit beside them."""
-    paces = PACES if is_timed and residency.packing is Packing.AUTO else PACES[:1]
     best: Plan | None = None
-    chosen = depths[0], paces[0]
-    for depth, pace in itertools.product(depths, paces):
-        plan = residency.within(budget_bytes, depth, pace, SCRATCH_PLACES[0])
-        if _is_better(plan, best):
-            best, chosen = plan, (depth, pace)
-        if best is not None and best.expected and best.expected.step_ms <= NEAR_FLOOR * best.expected.floor_ms:
-            break  # a larger ring holds no residents, so it has no lower floor
+    chosen = depths[0], PACES[0]
+    rounds = [(PACES[:1], NEAR_FLOOR)]
+    if is_timed and residency.packing is Packing.AUTO:
+        rounds = [(PACES, NEAR_FLOOR), (UNEVEN_PACES, FAR_FROM_FLOOR)]
+    for paces, near in rounds:
+        for depth, pace in itertools.product(depths, paces):
+            if best is not None and best.expected and best.expected.step_ms <= near * best.expected.floor_ms:
+                break  # a larger ring holds no residents, so it has no lower floor
+            plan = residency.within(budget_bytes, depth, pace, SCRATCH_PLACES[0])
+            if _is_better(plan, best):
+                best, chosen = plan, (depth, pace)
     if best is None or (is_timed and best.is_packed):
         for scratch_places in SCRATCH_PLACES[1:]:
             plan = residency.within(budget_bytes, *chosen, scratch_places)
