@@ -72,7 +72,7 @@ def _best(residency: Residency, budget_bytes: int, depths: Sequence[int], *, is_
     """The best plan for the budget, trying sizes of ring and scratch; None when no residents fit beside them."""
     best: Plan | None = None
     chosen = depths[0], PACES[0]
-    rounds = [(PACES[:1], NEAR_FLOOR)]
+    rounds: list[tuple[tuple[float, ...], float]] = [(PACES[:1], NEAR_FLOOR)]
     if is_timed and residency.packing is Packing.AUTO:
         rounds = [(PACES, NEAR_FLOOR), (UNEVEN_PACES, FAR_FROM_FLOOR)]
     for paces, near in rounds:
