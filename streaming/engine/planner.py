@@ -73,7 +73,7 @@ def _best(residency: Residency, budget_bytes: int, depths: Sequence[int], *, is_
     best: Plan | None = None
     chosen = depths[0], PACES[0]
     rounds: list[tuple[tuple[float, ...], float]] = [(PACES[:1], NEAR_FLOOR)]
-    if is_timed and residency.packing is Packing.AUTO:
+    if is_timed and residency.can_pack and residency.packing is Packing.AUTO:
         rounds = [(PACES, NEAR_FLOOR), (UNEVEN_PACES, FAR_FROM_FLOOR)]
     for paces, near in rounds:
         for depth, pace in itertools.product(depths, paces):
