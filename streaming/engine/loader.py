@@ -67,29 +67,39 @@ class BlockLoader:
         slabs = (self.store.get(index) for index, mark in self._marks.items() if mark is not None)
         return sum(slab.size_bytes for slab in slabs if slab is not None)
 
-    def look_ahead(self, coming: Iterable[tuple[int, Block, Form, Hashable]]) -> None:
+    def look_ahead(
+        self, coming: Iterable[tuple[int, Block, Form, Hashable]], will_change: Callable[[Weight], bool]
+    ) -> None:
         """Begin to read what `place` will bring to the device of these blocks, soonest first.
 
-        As long as what comes next is not of that kind nothing is: buffers would take RAM that slabs may have.
+        Nothing is begun while what comes next is not brought there: buffers would take RAM that slabs may have.
         """
         files: list[FileSlice] = []
         ahead_bytes = 0
         for number, (index, block, form, mark) in enumerate(coming):
-            is_brought = self._comes_from_file(index, form, mark)
-            if ahead_bytes >= AHEAD_BYTES or not (is_brought or files):
+            found = self._files(self._brought(index, block, form, mark, will_change))
+            if number == 0 and not found:
+                return
+            if ahead_bytes >= AHEAD_BYTES:
                 break
-            if is_brought:
-                found = self._files(block.weights[cut_of(block) :])
-                files += found
-                ahead_bytes += sum(file.size_bytes for file in found) if number else 0
+            files += found
+            ahead_bytes += sum(file.size_bytes for file in found) if number else 0
         self._bounce.look_ahead(files)
 
-    def _comes_from_file(self, index: int, form: Form, mark: Hashable) -> bool:
-        """Whether weights of block `index` pass through the device on their way to `form`, or stay there."""
-        slab = self.store.get(index)
-        if index in self.host_room.in_file or (slab is not None and self._marks[index] == mark):
-            return False
-        return mark is not None or form.is_packed or not (form.is_streamed or self.host_room.is_shelving)
+    def _brought(
+        self, index: int, block: Block, form: Form, mark: Hashable, will_change: Callable[[Weight], bool]
+    ) -> list[Weight]:
+        """The weights of block `index` that pass through the device on their way to `form`, or stay there, and are in
+        no slab.
+        """
+        kinds = (False, True) if form is Form.STREAMED_PACKED else (False,)
+        slabs = [self._valid_slab(index, mark, is_packed) for is_packed in kinds]
+        if any(slabs) or index in self.host_room.in_file:
+            return []
+        weights = block.weights[cut_of(block) :]
+        if form is Form.STREAMED or (form is Form.RESIDENT and self.host_room.is_shelving):
+            return [weight for weight in weights if mark is not None and will_change(weight)]
+        return list(weights)
 
     def _files(self, weights: Iterable[Weight]) -> list[FileSlice]:
         """Where in their files the bytes are of those weights that are read from there as they are."""
@@ -107,8 +117,8 @@ class BlockLoader:
             return self._leave_in_file(index, block, cut)
         if not form.is_packed:
             return self._place_raw(index, block, cut, form, mark, changed)
-        slab = self.store.get(index)
-        if form.is_streamed and slab is not None and slab.layout is not None and self._marks[index] == mark:
+        slab = self._valid_slab(index, mark, is_packed=True)
+        if form.is_streamed and slab is not None and slab.layout is not None:
             return _restored(block, cut, slab, slab.layout, mark)
         packed = self.packer.pack(index, block, lambda raw: self._write_raw(raw, index, block, cut, mark, changed))
         if packed is None:
@@ -197,10 +207,10 @@ class BlockLoader:
             self._store(weight, changed(weight), raw[weight.offset - block.offset_of(cut) :], is_on_device=True)
             weight.put(weight.home)
 
-    def _valid_slab(self, index: int, mark: Hashable) -> Slab | None:
-        """The raw slab of block `index`, if there is one with what `mark` says."""
+    def _valid_slab(self, index: int, mark: Hashable, is_packed: bool = False) -> Slab | None:
+        """The slab of block `index`, if there is one of that kind with what `mark` says."""
         slab = self.store.get(index)
-        is_valid = slab is not None and slab.layout is None and self._marks[index] == mark
+        is_valid = slab is not None and (slab.layout is not None) == is_packed and self._marks[index] == mark
         return slab if is_valid else None
 
     def _keep(self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed) -> None:

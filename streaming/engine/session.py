@@ -235,12 +235,14 @@ class Session:
         *,
         marks: Marks | None = None,
         changed: Changed = lambda weight: None,
+        will_change: Callable[[Weight], bool] = lambda weight: False,
         progress: Progress = lambda done, total: None,
         afresh: bool = False,
         all_in_slabs: bool = False,
     ) -> None:
         """Bring the module to `plan`, whose forms are in the order of the blocks: residents on the device, streamed
-        weights in slabs, or left in their file where host memory is short. `all_in_slabs` is for weights that will be
+        weights in slabs, or left in their file where host memory is short. `changed` gives what a weight is to hold
+        instead of its home tensor, and `will_change` says whether it would, to have that read ahead. `all_in_slabs` is for weights that will be
         changed in place.
 
         What already is as the plan wants it, with the same mark, is left alone, unless all is to be brought to the
@@ -277,7 +279,7 @@ class Session:
                 self.device.trim()
             if is_outside_stale:
                 self._loader.keep_outside(self.parts.outside, marks.outside, changed)
-            self._load_blocks(plan, stale, marks, changed, progress)
+            self._load_blocks(plan, stale, marks, changed, will_change, progress)
             self.device.compute_stream().synchronize()  # slabs may be written again from now on
         except BaseException:
             self.unload()
@@ -310,7 +312,15 @@ class Session:
             if plan.forms[index].is_streamed
         }
 
-    def _load_blocks(self, plan: Plan, stale: list[int], marks: Marks, changed: Changed, progress: Progress) -> None:
+    def _load_blocks(
+        self,
+        plan: Plan,
+        stale: list[int],
+        marks: Marks,
+        changed: Changed,
+        will_change: Callable[[Weight], bool],
+        progress: Progress,
+    ) -> None:
         blocks, total = self.parts.blocks, self.total_bytes
         done = total - sum(blocks[index].weight_bytes() for index in stale)
         for index in stale:
@@ -322,7 +332,8 @@ class Session:
         staying = [index for index in stale if plan.forms[index] is Form.RESIDENT]
         for number, index in enumerate(stale):
             block, mark = blocks[index], marks.blocks[index]
-            self._loader.look_ahead((i, blocks[i], plan.forms[i], marks.blocks[i]) for i in stale[number:])
+            coming = ((i, blocks[i], plan.forms[i], marks.blocks[i]) for i in stale[number:])
+            self._loader.look_ahead(coming, will_change)
             if not plan.forms[index].is_packed:
                 self._loader.packer.finish()
             if staying and index == staying[0]:

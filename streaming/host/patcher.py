@@ -220,6 +220,7 @@ class StreamingModelPatcher(ModelPatcher):
             session.load,
             marks=marks,
             changed=partial(baked, self),
+            will_change=lambda weight: patch_key(self, weight) is not None,
             progress=progress,
             afresh=afresh,
             all_in_slabs=bool(self.hook_patches),

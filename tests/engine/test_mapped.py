@@ -198,3 +198,40 @@ def test_no_reader_goes_on_writing_after_another_failed(monkeypatch, tmp_path):
         before = stored.clone()
         time.sleep(0.3)
     assert torch.equal(stored, before)
+
+
+def test_reading_ahead_reads_nothing_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(bounce, "WORTH_BYTES", 0)
+    read, counted = os.preadv, []
+
+    def counting(descriptor: int, buffers: list, position: int) -> int:
+        counted.append(read(descriptor, buffers, position))
+        return counted[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    kinds = [(0.0, False), (0.0, True), (0.5, True), (1.0, True), (0.5, False), (0.5, True), (0.0, True), (1.0, False)]
+
+    def read_bytes(name: str) -> list[int]:
+        model, found = MappedWalker(tmp_path / name), []
+        session = model.attach()
+        for mark in (None, "doubled", "tripled"):
+            factor = {None: 1, "doubled": 2, "tripled": 3}[mark]
+            marks = Marks((None,) * 4 + (mark,) * 4, None)
+
+            def will_change(weight, factor=factor):
+                return factor > 1 and weight.keys[0][7] in "4567" and "up.weight" in weight.keys[0]
+
+            def changed(weight, factor=factor, will_change=will_change):
+                home = session.home_on_device(weight) if will_change(weight) else None
+                return None if home is None else home * factor
+
+            for kept, is_packed in kinds:
+                counted.clear()
+                plan = plan_for(session, kept, is_packed=is_packed)
+                session.load(plan, marks=marks, changed=changed, will_change=will_change)
+                found.append(sum(counted))
+        return found
+
+    ahead = read_bytes("ahead")
+    monkeypatch.setattr(bounce.Bounce, "look_ahead", lambda *_: None)
+    assert ahead == read_bytes("not ahead") and min(ahead) < 0.01 * max(ahead)
