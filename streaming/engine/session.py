@@ -242,8 +242,8 @@ class Session:
     ) -> None:
         """Bring the module to `plan`, whose forms are in the order of the blocks: residents on the device, streamed
         weights in slabs, or left in their file where host memory is short. `changed` gives what a weight is to hold
-        instead of its home tensor, and `will_change` says whether it would, to have that read ahead. `all_in_slabs` is for weights that will be
-        changed in place.
+        instead of its home tensor, and `will_change` says whether it would, to have that read ahead. `all_in_slabs` is
+        for weights that will be changed in place.
 
         What already is as the plan wants it, with the same mark, is left alone, unless all is to be brought to the
         device `afresh`, which leaves no holes between what stays and what comes. Raises torch.OutOfMemoryError when the
