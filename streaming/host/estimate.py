@@ -76,6 +76,13 @@ def token_shape(tokens: Any) -> Hashable:
     return tuple(len(row) for row in tokens if isinstance(row, list)) if isinstance(tokens, list) else None
 
 
+def token_count(tokens: Any) -> int:
+    """How many tokens there are, of all encoders together."""
+    if isinstance(tokens, dict):
+        return sum(map(token_count, tokens.values()))
+    return sum(len(row) for row in tokens if isinstance(row, list)) if isinstance(tokens, list) else 0
+
+
 # What dry runs found, None where one could not be made.
 _found: weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, int | None]] = weakref.WeakKeyDictionary()
 

@@ -6,11 +6,12 @@ it is. A copy's class is the original's with the stages mixed in, so everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -19,13 +20,20 @@ from . import estimate, retries
 from .families import text_family
 from .gguf_patches import streaming_patcher_for
 from .ladder import STREAMED_RUNGS, VAE_RUNGS, Rung, Standing, climb_down
+from .need import Need
 from .passes import is_guided
 from .patcher import NothingToStream, StreamingModelPatcher
 from .policy import Estimation, Stage
 from .settings import StreamingSettings
 from .stages import Component, stage
+from .streams import Way
 
 WRAPPER_KEY = "layerstream.stages"
+
+ESTIMATES = {Stage.DECODE: estimate.decode_bytes, Stage.IMAGE_ENCODE: estimate.encode_bytes}
+
+# What ComfyUI's VAE asks for the bytes that its work needs.
+FORMULAS = {Stage.DECODE: "memory_used_decode", Stage.IMAGE_ENCODE: "memory_used_encode"}
 
 # Where a MODEL carries the component that it is, None where its weights are ComfyUI's to move, and how to estimate.
 ATTACHMENT = "layerstream.component"
@@ -38,6 +46,7 @@ class StagedText:
     component: Component | None
     estimation: Estimation
     _scope: ExitStack | None = None
+    _need: Need | None = None
 
     def encode_from_tokens(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         encode = super().encode_from_tokens  # type: ignore[misc]
@@ -49,7 +58,7 @@ class StagedText:
 
     def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         generate = super().generate  # type: ignore[misc]
-        return self._in_stage(tokens, lambda: generate(tokens, *args, **kwargs))
+        return self._in_stage(tokens, lambda: generate(tokens, *args, **kwargs), "generate")
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         if self._scope is not None:
@@ -59,26 +68,29 @@ class StagedText:
             # ComfyUI tells the end of a run of diffusion models only.
             self._scope.callback(patcher.end_run)
             self._scope.enter_context(patcher.passing())
+            if self._need is not None:
+                self._scope.enter_context(self._need.measuring(patcher))
         return patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         clone = super().clone(*args, **kwargs)  # type: ignore[misc]
         return staged_text(clone, clone.patcher, self.component, self.estimation)
 
-    def _in_stage(self, tokens: Any, run: Callable[[], Any]) -> Any:
+    def _in_stage(self, tokens: Any, run: Callable[[], Any], what: str = "encode") -> Any:
         if self._scope is not None:
             return run()  # a stage within a stage
-        work = estimate.token_shape(tokens)
+        estimated = partial(estimate.text_bytes, self, tokens, self.estimation)
+        need = self._need = Need(self.patcher.model, what, estimated, estimate.token_count(tokens))
+        # What was given up before it was known how much is needed is not given up for good.
+        work = what, estimate.token_shape(tokens), need.is_measured
         is_streamed = isinstance(self.patcher, StreamingModelPatcher)
         if is_streamed:
             self.patcher.stream.begin_run(work)
+            self.patcher.stream.estimates = (Way(reserve_bytes=need.with_margin() if need.seen else 0),)
 
         def attempt(standing: Standing) -> Any:
             try:
-                with (
-                    stage(Stage.TEXT_ENCODE, self.component, self.patcher, self._work_bytes(tokens)),
-                    ExitStack() as self._scope,
-                ):
+                with stage(Stage.TEXT_ENCODE, self.component, self.patcher, need), ExitStack() as self._scope:
                     return run()
             finally:
                 self._scope = None
@@ -88,14 +100,12 @@ class StagedText:
             Stage.TEXT_ENCODE, self.patcher, work, rungs, attempt, lambda: "use a text encoder of fewer bytes a weight"
         )
 
-    def _work_bytes(self, tokens: Any) -> Callable[[], int]:
-        return lambda: estimate.text_bytes(self, tokens, self.estimation)
-
 
 class StagedVae:
     """Mixed into a VAE's class: encoding and decoding are stages."""
 
     patcher: Any
+    first_stage_model: Any
     component: Component | None
     estimation: Estimation
 
@@ -120,24 +130,46 @@ class StagedVae:
 
     def _in_stage(self, kind: Stage, images: Any, run: Callable[[], Any], is_tiled: bool = False) -> Any:
         """Run a stage; ComfyUI goes over to tiles by itself, but only once everything idle has left the card."""
+        estimated = partial(ESTIMATES[kind], self, images, self.estimation)
+        work = kind, tuple(images.shape), is_tiled
+        need = Need(self.first_stage_model, work, estimated)
+        stream = getattr(self.patcher, "stream", None)
+        # Of several images ComfyUI works on as many at once as it has room for, by its own figure.
+        is_measuring = images.shape[0] == 1 and not is_tiled and stream is not None and stream.device.holds_activations
 
         def attempt(standing: Standing) -> Any:
             self._may_tile = is_tiled or Rung.TILE in standing.rungs
             try:
-                with stage(kind, self.component, self.patcher, lambda: work_bytes(self, images, self.estimation)):
+                measuring = self._measuring(kind, images, need) if is_measuring else nullcontext()
+                with stage(kind, self.component, self.patcher, need), measuring:
                     return run()
             finally:
                 self._may_tile = True
 
-        work_bytes = estimate.decode_bytes if kind is Stage.DECODE else estimate.encode_bytes
         return climb_down(
             kind,
             self.patcher,
-            (tuple(images.shape), is_tiled),
+            work[1:],
             (Rung.EVICT,) if is_tiled else VAE_RUNGS,
             attempt,
             lambda: "make the tiles smaller, with VAE Decode (Tiled) or VAE Encode (Tiled)",
         )
+
+    @contextmanager
+    def _measuring(self, kind: Stage, images: Any, need: Need) -> Iterator[None]:
+        """The scope of work on one image: it is measured, or ComfyUI, which makes room for it too, goes by what was."""
+        if not need.is_measured:
+            # As ComfyUI is going to do first of all.
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=ESTIMATES[kind](self, images))
+            with need.measuring(self.patcher):
+                yield
+            return
+        formula = getattr(self, FORMULAS[kind])
+        setattr(self, FORMULAS[kind], lambda *_: need.with_margin())
+        try:
+            yield
+        finally:
+            setattr(self, FORMULAS[kind], formula)
 
     def decode_tiled_(self, *args: Any, **kwargs: Any) -> Any:
         return self._tiled(super().decode_tiled_, *args, **kwargs)  # type: ignore[misc]
@@ -207,12 +239,8 @@ def sample_in_stage(executor: Any, noise: Any, *args: Any, **kwargs: Any) -> Any
     guider = executor.class_obj
     patcher = guider.model_patcher
     component, estimation = patcher.get_attachment(ATTACHMENT)
-    with stage(
-        Stage.SAMPLING,
-        component,
-        patcher,
-        lambda: estimate.sampling_bytes(patcher, noise.shape, guider.conds, is_guided(guider), estimation),
-    ):
+    estimated = partial(estimate.sampling_bytes, patcher, noise.shape, guider.conds, is_guided(guider), estimation)
+    with stage(Stage.SAMPLING, component, patcher, Need(patcher.model, Stage.SAMPLING, estimated)):
         return executor(noise, *args, **kwargs)
 
 

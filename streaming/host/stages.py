@@ -22,15 +22,12 @@ import torch
 from ..engine.plan import BudgetTooSmall
 from ..engine.store import HostMemoryFull
 from .leaving import make_leave
+from .need import MARGIN_BYTES, Need
 from .policy import Leave, Part, PolicySettings, Stage, Switch
 from .settings import MIB, Mode
 from .streams import ModelStream
 
 logger = logging.getLogger("layerstream")
-
-# What stays free beside an estimate: allocators round up, and libraries take workspaces when they first run.
-MARGIN_SHARE = 0.1
-MARGIN_BYTES = 256 * MIB
 
 # Which idle component gives way first: the one that is needed again last.
 GIVING_ORDER = (Part.TEXT, Part.VAE, Part.DIFFUSION)
@@ -115,9 +112,9 @@ def live_components() -> list[Component]:
 
 
 @contextmanager
-def stage(kind: Stage, own: Component | None, patcher: Any, work_bytes: Callable[[], int]) -> Iterator[None]:
-    """The scope of a stage. `own` is the component that works, None where it is ComfyUI's; `work_bytes` tells what it
-    needs of the card besides weights, and is asked only where that decides anything.
+def stage(kind: Stage, own: Component | None, patcher: Any, need: Need) -> Iterator[None]:
+    """The scope of a stage. `own` is the component that works, None where it is ComfyUI's; `need` tells what it needs
+    of the card besides weights, and is asked only where that decides anything.
     """
     if own is not None:
         if own.running:
@@ -129,7 +126,7 @@ def stage(kind: Stage, own: Component | None, patcher: Any, work_bytes: Callable
         make_room = getattr(patcher, "make_room", None)
         if make_room is not None:
             make_room()
-        _make_way(kind, own, patcher, work_bytes)
+        _make_way(kind, own, patcher, need)
         yield
     finally:
         if own is not None:
@@ -143,7 +140,7 @@ def stage(kind: Stage, own: Component | None, patcher: Any, work_bytes: Callable
                 component.come_back()
 
 
-def _make_way(kind: Stage, own: Component | None, patcher: Any, work_bytes: Callable[[], int]) -> None:
+def _make_way(kind: Stage, own: Component | None, patcher: Any, need: Need) -> None:
     """Have idle components leave as their policies say."""
     others = [one for one in live_components() if one is not own and one.is_on_card and not one.running]
     for other in others:
@@ -155,8 +152,8 @@ def _make_way(kind: Stage, own: Component | None, patcher: Any, work_bytes: Call
     missing = own.missing_bytes(patcher) if own is not None else max(0, patcher.model_size() - patcher.loaded_size())
     for other in sorted(willing, key=lambda one: GIVING_ORDER.index(one.part)):
         device = other.stream.device
-        work = int(work_bytes() * (1 + MARGIN_SHARE)) if device.holds_activations else 0
-        short = missing + work + MARGIN_BYTES - device.free_bytes()
+        work_bytes = need.with_margin() if device.holds_activations else MARGIN_BYTES
+        short = missing + work_bytes - device.free_bytes()
         if short <= 0:
             return
         other.give(short, f"before {kind.value}, which was short of {short / MIB:.0f} MiB")

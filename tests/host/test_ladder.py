@@ -91,6 +91,20 @@ def test_residents_that_are_too_many_leave(parts, sample, caplog, share, rungs):
     shortage.end()
 
 
+def test_what_stays_is_brought_anew_after_all_has_left(parts, sample, monkeypatch):
+    """Between holes of what left, an allocator finds no large piece."""
+    expected = sample(parts.model)
+    patcher = streaming(parts.model)
+    device = patcher.stream.device
+    most, left = 0.8 * patcher.model_size(), []
+    shortage = Shortage(parts.model.model.diffusion_model, lambda *_: held_bytes(patcher) > most)
+    trim = device.trim
+    monkeypatch.setattr(device, "trim", lambda: (trim(), left.append((shortage.times, device.used_bytes))))
+    assert torch.equal(sample(patcher), expected)
+    assert shortage.times == 2 and (2, 0) in left
+    shortage.end()
+
+
 def test_fetching_less_ahead(parts, sample, caplog):
     expected = sample(parts.model)
     patcher = StreamingModelPatcher.from_patcher(parts.model, StreamingSettings(Mode.ALWAYS, prefetch_blocks=3))
