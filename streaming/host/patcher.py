@@ -157,7 +157,9 @@ class StreamingModelPatcher(ModelPatcher):
             plan = self._choose(allowed)
             fresh = plan is not session.plan or not stream.is_in_place
             self._load_rest(device_to)
-            self._load_plan(plan, fresh)
+            # Where less stays than did, what goes would leave holes between that compute finds no room in.
+            is_less = session.plan is not None and plan.resident_bytes < session.plan.resident_bytes
+            self._load_plan(plan, fresh, afresh=is_less)
             stream.load_id = stream.load_id or uuid.uuid4()
             write_ledger(self)
             if fresh:

@@ -22,13 +22,17 @@ class Cache:
     """What an allocator holds unused on a simulated card that computing takes memory of, like a real one."""
 
     def __init__(self, monkeypatch, device) -> None:
-        self.bytes, self.trims = 0, 0
+        self.bytes = 0
+        self.left: list[int] = []
+        """What was on the card whenever the cache was given back."""
+        self._device = device
         monkeypatch.setattr(device, "holds_activations", True, raising=False)
         monkeypatch.setattr(device, "unused_bytes", lambda: device.free_bytes() - self.bytes)
         monkeypatch.setattr(device, "trim", self._trim)
 
     def _trim(self) -> None:
-        self.bytes, self.trims = 0, self.trims + 1
+        self.bytes = 0
+        self.left.append(self._device.used_bytes)
 
     def grow_in(self, module: torch.nn.Module, size_bytes: int) -> None:
         """Have a module's forward leave `size_bytes` behind."""
@@ -54,10 +58,10 @@ def test_it_is_measured_once_for_each_larger_amount(parts, sample, monkeypatch):
     assert cache.bytes == 0, "given back, for whoever comes next"
     assert first.bytes() == smaller.bytes() == larger.bytes() == 500
     assert first.is_measured and smaller.is_measured and not larger.is_measured
-    trims = cache.trims
+    trims = len(cache.left)
     with smaller.measuring(patcher):
         cache.bytes += 5000
-    assert cache.trims == trims and smaller.bytes() == 500
+    assert len(cache.left) == trims and smaller.bytes() == 500
     with pytest.raises(torch.OutOfMemoryError), larger.measuring(patcher):
         cache.bytes = 6000
         raise torch.OutOfMemoryError("no")
@@ -85,7 +89,9 @@ def test_a_text_encoder_leaves_what_encoding_was_seen_to_need(parts, monkeypatch
         assert torch.equal(streamed.encode_from_tokens(tokens_for(ENCODER)), expected)
         assert stream.held_bytes >= size_bytes, "nothing is known of the first one"
         for seed in (1, 2):
+            cache.left.clear()
             streamed.encode_from_tokens(tokens_for(ENCODER, seed))
+            assert (0 in cache.left) == (seed == 1), "what stays is brought anew where less stays, and only there"
             left_bytes = free_bytes - stream.session.plan.device_bytes
             assert left_bytes >= 1.1 * taken_bytes
             assert 0 < stream.held_bytes < size_bytes
