@@ -52,8 +52,8 @@ class OffloadPolicy(io.ComfyNode):
                     options=[estimation.value for estimation in Estimation],
                     default=Estimation.FORMULA.value,
                     tooltip=(
-                        "How it is known what a step needs of the card. formula: ComfyUI's own numbers. dryrun: the "
-                        "step is played through without using the card, once for each image size."
+                        "How it is known what a step needs of the card until it ran once and was measured. formula: "
+                        "ComfyUI's own numbers. dryrun: the step is played through without using the card."
                     ),
                 ),
                 io.Boolean.Input("log", default=True, tooltip="Say in the log what moved, and how fast."),
