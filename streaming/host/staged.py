@@ -27,6 +27,7 @@ from .policy import Estimation, Stage
 from .settings import StreamingSettings
 from .stages import Component, stage
 from .streams import Way
+from .tables import look_up_before_cast
 
 WRAPPER_KEY = "layerstream.stages"
 
@@ -216,6 +217,8 @@ def streamed_text(clip: Any, settings: StreamingSettings) -> Any:
 
 
 def staged_text(clip: Any, patcher: Any, component: Component | None, estimation: Estimation) -> Any:
+    if isinstance(patcher, StreamingModelPatcher):
+        look_up_before_cast(patcher)
     return _copy_as(StagedText, clip, patcher, component, estimation)
 
 
