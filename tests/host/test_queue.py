@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 
 import pytest
+from layerstream.streaming.host.need import MARGIN_BYTES
 from layerstream.streaming.host.settings import GIB
-from layerstream.streaming.host.stages import MARGIN_BYTES
 
 from governed import Workflow, governed, make_parts
 from streamed import on_simulated_card
