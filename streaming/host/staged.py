@@ -27,7 +27,7 @@ from .policy import Estimation, Stage
 from .settings import StreamingSettings
 from .stages import Component, stage
 from .streams import Way
-from .tables import look_up_before_cast
+from .tables import looking_up_first
 
 WRAPPER_KEY = "layerstream.stages"
 
@@ -81,7 +81,7 @@ class StagedText:
         if self._scope is not None:
             return run()  # a stage within a stage
         estimated = partial(estimate.text_bytes, self, tokens, self.estimation)
-        need = self._need = Need(self.patcher.model, what, estimated, estimate.token_count(tokens))
+        need = Need(self.patcher.model, what, estimated, estimate.token_count(tokens))
         # What was given up before it was known how much is needed is not given up for good.
         work = what, estimate.token_shape(tokens), need.is_measured
         is_streamed = isinstance(self.patcher, StreamingModelPatcher)
@@ -90,11 +90,17 @@ class StagedText:
             self.patcher.stream.estimates = (Way(reserve_bytes=need.with_margin() if need.seen else 0),)
 
         def attempt(standing: Standing) -> Any:
+            looking_up = looking_up_first(self.patcher.model) if is_streamed else nullcontext()
+            self._need = need
             try:
-                with stage(Stage.TEXT_ENCODE, self.component, self.patcher, need), ExitStack() as self._scope:
+                with (
+                    stage(Stage.TEXT_ENCODE, self.component, self.patcher, need),
+                    looking_up,
+                    ExitStack() as self._scope,
+                ):
                     return run()
             finally:
-                self._scope = None
+                self._scope = self._need = None
 
         rungs = STREAMED_RUNGS if is_streamed else (Rung.EVICT,)
         return climb_down(
@@ -217,8 +223,6 @@ def streamed_text(clip: Any, settings: StreamingSettings) -> Any:
 
 
 def staged_text(clip: Any, patcher: Any, component: Component | None, estimation: Estimation) -> Any:
-    if isinstance(patcher, StreamingModelPatcher):
-        look_up_before_cast(patcher)
     return _copy_as(StagedText, clip, patcher, component, estimation)
 
 

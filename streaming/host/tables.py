@@ -1,27 +1,38 @@
 """Has text encoders look words up before they cast: of a table stored in 8 bits, ComfyUI casts all for a few rows.
 
-In: a text encoder's patcher. Out: the same, whose tables of plain fp8 numbers give the rows that are asked for as they
-are stored, and those are cast, number by number, to the same bits. The whole table in float32 would be 0.5 GiB of the
-card for T5-XXL and 1.4 GiB for Qwen3-4B, more than all else that encoding needs beside weights.
+In: a text encoder. Out: while it encodes, its tables of plain fp8 numbers give the rows that are asked for as they are
+stored, and those are cast, number by number, to the same bits. The whole table in float32 would be 0.5 GiB of the card
+for T5-XXL and 1.4 GiB for Qwen3-4B, more than all else that encoding needs beside weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from comfy.model_patcher import ModelPatcher
 
 METHOD = "forward_comfy_cast_weights"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def look_up_before_cast(patcher: ModelPatcher) -> None:
-    """Have the tables of a patcher's model, while it is patched by this one, look up before they cast."""
-    for name, module in patcher.model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and hasattr(module, METHOD):
-            patcher.add_object_patch(f"{name}.{METHOD}", partial(_embed, module))
+@contextmanager
+def looking_up_first(model: torch.nn.Module) -> Iterator[None]:
+    """The scope in which the tables of `model` look up before they cast."""
+    tables = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and hasattr(module, METHOD) and METHOD not in vars(module)
+    ]
+    for table in tables:
+        vars(table)[METHOD] = partial(_embed, table)
+    try:
+        yield
+    finally:
+        for table in tables:
+            del vars(table)[METHOD]
 
 
 def _embed(module: Any, ids: torch.Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
