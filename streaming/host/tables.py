@@ -43,4 +43,4 @@ def _embed(module: Any, ids: torch.Tensor, out_dtype: torch.dtype | None = None,
     if not is_plain or is_changed or out_dtype is None or table.device != ids.device:
         return getattr(type(module), METHOD)(module, ids, out_dtype=out_dtype, **options)
     rows = table.view(torch.uint8).index_select(0, ids.reshape(-1)).view(table.dtype)
-    return rows.view(*ids.shape, -1).to(out_dtype)
+    return rows.view(*ids.shape, table.shape[1]).to(out_dtype)

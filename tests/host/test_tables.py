@@ -8,6 +8,7 @@ import torch
 from layerstream.streaming.engine.live_bytes import LiveBytes
 from layerstream.streaming.host.settings import Mode, StreamingSettings
 from layerstream.streaming.host.staged import streamed_text
+from layerstream.streaming.host.tables import looking_up_first
 
 from scripts.division import narrow_units
 from scripts.tiny_components import tiny_clip, tokens_for
@@ -58,6 +59,19 @@ def test_rows_are_cast_and_not_the_table(name, dtype):
     assert torch.equal(encode(again, name), expected[0])
     assert torch.equal(encode(clip, name), expected[0])
     assert peak_of_encoding(clip, name) > whole_bytes, "without the node the model is the host's again"
+
+
+def test_no_ids_are_no_rows():
+    """A prompt may be all images, which are no words."""
+    with torch.inference_mode():
+        clip = tiny_clip("qwen3_4b")
+        table = table_of(clip, "qwen3_4b")
+        table.weight = torch.nn.Parameter(table.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        ids = torch.zeros(1, 0, dtype=torch.long)
+        expected = table(ids, out_dtype=torch.float32)
+        with looking_up_first(clip.cond_stage_model):
+            rows = table(ids, out_dtype=torch.float32)
+    assert (rows.shape, rows.dtype) == (expected.shape, expected.dtype) == ((1, 0, table.embedding_dim), torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
