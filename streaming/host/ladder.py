@@ -133,9 +133,6 @@ def _take(rung: Rung, standing: Standing, patcher: Any) -> Standing:
         restraint = replace(restraint, is_split=True)
     elif rung is Rung.STREAM:
         restraint = replace(restraint, most_bytes=None, is_all_streamed=True)
-    if rung in (Rung.DEMOTE, Rung.STREAM) and stream is not None:
-        # What stays is brought anew: between holes of what went, allocators find no piece that is large enough.
-        make_leave(stream, None)
     return Standing((*standing.rungs, rung), restraint)
 
 
