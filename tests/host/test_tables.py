@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import comfy.model_management
 import pytest
 import torch
 from layerstream.streaming.engine.live_bytes import LiveBytes
-from layerstream.streaming.host.settings import Mode, StreamingSettings
+from layerstream.streaming.host import staged
+from layerstream.streaming.host.settings import Mode, Patching, StreamingSettings
 from layerstream.streaming.host.staged import streamed_text
 from layerstream.streaming.host.tables import looking_up_first
 
@@ -75,7 +78,7 @@ def test_no_ids_are_no_rows():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_patched_table_is_the_hosts_to_cast(name):
+def test_a_patched_table_is_the_hosts_to_cast(name, monkeypatch):
     with torch.inference_mode():
         clip = tiny_clip(name)
         table = table_of(clip, name)
@@ -91,6 +94,10 @@ def test_a_patched_table_is_the_hosts_to_cast(name):
     expected = encode(patched, name)
     assert not torch.equal(expected, plain)
     with narrow_units():
-        streamed = streamed_text(patched, StreamingSettings(Mode.ALWAYS))
-    assert torch.equal(encode(streamed, name), expected)
+        baked = streamed_text(patched, StreamingSettings(Mode.ALWAYS))
+        at_run_time = streamed_text(patched, StreamingSettings(Mode.ALWAYS, patching=Patching.RUN_TIME))
+    assert torch.equal(encode(baked, name), expected)
+    looked_up = encode(at_run_time, name)
+    monkeypatch.setattr(staged, "looking_up_first", lambda model: nullcontext())
+    assert torch.equal(looked_up, encode(at_run_time, name)) and not torch.equal(looked_up, plain)
     assert torch.equal(encode(clip, name), plain)
