@@ -40,6 +40,11 @@ class CostSheet:
         times = self._times()
         return [self._cost(index, times.get(index), index not in unpacked) for index in order]
 
+    def uses(self, index: int) -> int:
+        """How often block `index` is brought in a pass, if it streams; once, as far as was not seen."""
+        times = self._times().get(index)
+        return max(1, times.uses) if times else 1
+
     def _times(self) -> dict[int, BlockTimes]:
         return self._meter.best.blocks if self._meter.best and self._device.has_clock else {}
 
@@ -53,4 +58,5 @@ class CostSheet:
             packed = self._packed_bytes.get(index, int(moving * expected_share(dtype)))
         # A device's clock may tell nonsense now and then, which costs a worse plan and must not cost the run.
         lead_ms, compute_ms = (max(0.0, times.lead_ms), max(0.0, times.compute_ms)) if times else (0.0, 0.0)
-        return BlockCost(block.name, fixed, moving, packed if packed != moving else None, lead_ms, compute_ms)
+        packed = packed if packed != moving else None
+        return BlockCost(block.name, fixed, moving, packed, lead_ms, compute_ms, self.uses(index))

@@ -48,7 +48,7 @@ class BlockCost:
 
     `fixed_bytes` always stay on the device, `moving_bytes` stay or stream as one, in `packed_bytes` where they are
     packed (None where they cannot be). `lead_ms` is compute between the block before and this one, `compute_ms` the
-    block's own; both 0 until measured.
+    block's own; both 0 until measured. They are of all `uses` of the block in a pass, for each of which it is brought.
     """
 
     name: str
@@ -57,14 +57,22 @@ class BlockCost:
     packed_bytes: int | None = None
     lead_ms: float = 0.0
     compute_ms: float = 0.0
+    uses: int = 1
 
     def __post_init__(self) -> None:
         if min(self.fixed_bytes, self.moving_bytes, self.packed_bytes or 0, self.lead_ms, self.compute_ms) < 0:
             raise ValueError(f"block `{self.name}` has a negative size or time")
+        if self.uses < 1:
+            raise ValueError(f"block `{self.name}` is used {self.uses} times: count one that does not run as used once")
 
     @property
     def span_ms(self) -> float:
         return self.lead_ms + self.compute_ms
+
+    @property
+    def passing_bytes(self) -> int:
+        """Bytes of the moving weights that are used in a pass."""
+        return self.uses * self.moving_bytes
 
     def bytes_as(self, form: Form) -> int:
         """Bytes of the moving weights in this form, on the link or on the device."""
@@ -227,9 +235,9 @@ def _rows(
         copy, restore = copies.get(index), restores.get(index)
         copy_ms = restore_ms = 0.0
         if copy is not None and not copy[1]:
-            copy_ms = block.bytes_as(form) / (SUSTAINED * rates.link) + COPY_LATENCY_MS
+            copy_ms = block.uses * (block.bytes_as(form) / (SUSTAINED * rates.link) + COPY_LATENCY_MS)
         if restore is not None and not restore[1]:
-            restore_ms = block.moving_bytes / rates.restore
+            restore_ms = block.passing_bytes / rates.restore
         toll_ms = COPY_TOLL * copy_ms + RESTORE_TOLL * restore_ms
         rows.append((block.lead_ms, block.compute_ms + toll_ms, copy_ms, restore_ms, copy, restore))
     return rows

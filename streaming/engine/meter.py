@@ -49,6 +49,8 @@ class Transfer:
 class BlockTimes:
     """One block in one pass, milliseconds; a block that runs several times has the sums."""
 
+    uses: int = 0
+    """How often it ran, at once after itself not counted: it is brought once for that."""
     lead_ms: float = 0.0
     """Compute between the block before and this one."""
     wait_ms: float = 0.0
@@ -224,13 +226,14 @@ class Meter:
         if not self._visits:
             return
         times = PassTimes(pass_ms=self._begun.elapsed_time(self._ended))
-        last = self._begun
+        last, last_index = self._begun, None
         for visit in self._visits:
             block = times.blocks.setdefault(visit.index, BlockTimes())
+            block.uses += visit.index != last_index
             block.lead_ms += last.elapsed_time(visit.asked)
             block.wait_ms += 0.0 if visit.running is visit.asked else visit.asked.elapsed_time(visit.running)
             block.compute_ms += visit.running.elapsed_time(visit.done)
-            last = visit.done
+            last, last_index = visit.done, visit.index
         times.tail_ms = last.elapsed_time(self._ended)
         for restore in self._restores:
             times.blocks.setdefault(restore.index, BlockTimes()).restore_ms += restore.begun.elapsed_time(restore.ended)

@@ -37,7 +37,7 @@ class Plan:
     outside_bytes: int
     resident_bytes: int
     streamed_bytes: int
-    """Bytes of weights that are brought to the device in one pass, counted as they are used."""
+    """Bytes of weights that are brought to the device in one pass, each time they are used, as they are used."""
     link_bytes: int
     """The same as they cross the link, as far as known when the plan was made."""
     ring_bytes: int

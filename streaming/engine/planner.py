@@ -82,6 +82,8 @@ def _best(residency: Residency, budget_bytes: int, depths: Sequence[int], *, is_
             plan = residency.within(budget_bytes, depth, pace, SCRATCH_PLACES[0])
             if _is_better(plan, best):
                 best, chosen = plan, (depth, pace)
+    if residency.uses > 1 and _is_better(plan := residency.lightest(budget_bytes, *chosen, SCRATCH_PLACES[0]), best):
+        best = plan
     if best is None or (is_timed and best.is_packed):
         for scratch_places in SCRATCH_PLACES[1:]:
             plan = residency.within(budget_bytes, *chosen, scratch_places)

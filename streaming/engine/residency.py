@@ -6,13 +6,15 @@ The reasoning, all of it linear: of `moving` bytes, what the budget does not hol
 long as it crosses while the blocks compute, streaming costs nothing. Where it does not, packing makes the link's part
 0.67 of the size, first of what streams, then, where that is not enough, of what stays as well, so that more stays;
 both cost some of the time that restoring them takes. So as little is packed as lets the link keep pace.
-What streams is spread over the walk by compute time, so that the link is as busy under every block.
+What streams is spread over the walk by compute time, so that the link is as busy under every block. What runs several
+times in a pass crosses as often.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from .codec import align
 from .forecast import RESTORE_TOLL, SUSTAINED, BlockCost, Form, Rates, forecast
@@ -30,11 +32,20 @@ PACKING_ROOM = 2.35
 # leaves holes in the device's memory.
 INERTIA = 0.4
 
-# The smallest blocks stay, as far as this share of the room for residents goes: a block costs the host the same time
-# whatever its size.
+# The smallest blocks for their uses stay, as far as this share of the room for residents goes: a use costs the host the
+# same time whatever the block's size.
 SMALL_SHARE = 0.5
 
 FORMS = {(form.is_streamed, form.is_packed): form for form in Form}
+
+
+class _Division(NamedTuple):
+    """A budget divided: which share of what streams and of what stays is packed, the ring, and room for residents."""
+
+    pack: float
+    pack_kept: float
+    ring_bytes: int
+    room_bytes: float
 
 
 class Residency:
@@ -52,6 +63,7 @@ class Residency:
         self.outside_bytes = outside_bytes
         self.fixed_bytes = sum(block.fixed_bytes for block in blocks)
         self.moving_bytes = sum(block.moving_bytes for block in blocks)
+        self.uses = sum(block.passing_bytes for block in blocks) / self.moving_bytes if self.moving_bytes else 1.0
         self.rates = rates
         self.packing = packing
         self.present: Sequence[Form | None] = present or [None] * len(blocks)
@@ -59,6 +71,7 @@ class Residency:
         self.spans = [block.span_ms if is_timed else float(block.moving_bytes) for block in blocks]
         self.compute_ms = sum(block.span_ms for block in blocks) + (rates.tail_ms if rates else 0.0)
         self.by_size = sorted(range(len(blocks)), key=lambda index: blocks[index].moving_bytes)
+        self.by_size_a_use = sorted(self.by_size, key=lambda index: blocks[index].moving_bytes / blocks[index].uses)
         self.giants = _giants(blocks, self.by_size)
         packable = [block for block in blocks if block.packed_bytes is not None]
         raw_bytes = sum(block.moving_bytes for block in packable)
@@ -73,8 +86,8 @@ class Residency:
         for block, form in zip(self.blocks, forms, strict=True):
             size = block.bytes_as(form)
             if form.is_streamed:
-                streamed_bytes += block.moving_bytes
-                link_bytes += size
+                streamed_bytes += block.passing_bytes
+                link_bytes += block.uses * size
                 places_bytes += align(size)
             else:
                 kept_bytes += size
@@ -126,8 +139,8 @@ class Residency:
         if self.rates is None:
             return 0.0, 0.0
         room_bytes = max(0.0, room_bytes)
-        link = SUSTAINED * self.rates.link
-        saved, cost = (1 - self.packed_share) / link, pace * RESTORE_TOLL / self.rates.restore
+        link, restore = SUSTAINED * self.rates.link / self.uses, self.rates.restore / self.uses
+        saved, cost = (1 - self.packed_share) / link, pace * RESTORE_TOLL / restore
         streamed = self.moving_bytes - room_bytes
         behind_ms = streamed / link - pace * self.compute_ms
         if behind_ms <= 0 or streamed <= 0:
@@ -141,7 +154,7 @@ class Residency:
             resident = self._resident_bytes(room_bytes, middle)
             link_ms = (self.moving_bytes - resident) * self.packed_share / link
             restored = self.moving_bytes - resident * (1 - middle)
-            if link_ms > pace * (self.compute_ms + RESTORE_TOLL * restored / self.rates.restore):
+            if link_ms > pace * (self.compute_ms + RESTORE_TOLL * restored / restore):
                 low = middle
             else:
                 high = middle
@@ -151,13 +164,16 @@ class Residency:
         """How many bytes of weights `room_bytes` hold when the share `packed` of them is packed."""
         return min(float(self.moving_bytes), room_bytes / (1 - packed * (1 - self.packed_share)))
 
-    def within(self, budget_bytes: int, depth: int, pace: float, scratch_places: float) -> Plan | None:
-        """A plan for the budget with a ring of `depth` places; None when the ring leaves no room."""
+    def _divide(self, budget_bytes: int, depth: int, pace: float, scratch_places: float) -> _Division:
         held_bytes = self.outside_bytes + self.fixed_bytes
         pack, pack_kept = self._shares(budget_bytes - held_bytes - depth * self.largest(False), pace)
         ring_bytes = depth * self.largest(is_packed=pack == 1.0)
         scratch_bytes = int(scratch_places * self.largest(is_packed=False)) if pack or pack_kept else 0
-        room_bytes = float(budget_bytes - held_bytes - ring_bytes - scratch_bytes)
+        return _Division(pack, pack_kept, ring_bytes, float(budget_bytes - held_bytes - ring_bytes - scratch_bytes))
+
+    def within(self, budget_bytes: int, depth: int, pace: float, scratch_places: float) -> Plan | None:
+        """A plan for the budget with a ring of `depth` places; None when the ring leaves no room."""
+        pack, pack_kept, ring_bytes, room_bytes = self._divide(budget_bytes, depth, pace, scratch_places)
         best: Plan | None = None
         # Blocks are whole and the spread leaves some of it where the link has nothing to do, so what comes out differs
         # from what was asked for; asking differently, as a secant says, closes the gap. Where blocks that compute long
@@ -182,6 +198,17 @@ class Residency:
                 room_bytes = (low + high) / 2
         return None if best is None else self.filled(best, budget_bytes, scratch_places)
 
+    def lightest(self, budget_bytes: int, depth: int, pace: float, scratch_places: float) -> Plan | None:
+        """The same where what crosses most often stays, wherever in the walk that is."""
+        pack, pack_kept, ring_bytes, room_bytes = self._divide(budget_bytes, depth, pace, scratch_places)
+        streamed = {index for index, block in enumerate(self.blocks) if block.moving_bytes} - self.giants
+        for index in sorted(self.by_size, key=lambda index: -self.blocks[index].uses):
+            if index in streamed and self.blocks[index].moving_bytes <= room_bytes:
+                room_bytes -= self.blocks[index].moving_bytes
+                streamed.remove(index)
+        plan = self.plan(self._packed(streamed, pack, pack_kept), ring_bytes, scratch_places)
+        return self.filled(plan, budget_bytes, scratch_places) if plan.device_bytes <= budget_bytes else None
+
     def _spread(self, streamed_bytes: float, pack: float, pack_kept: float, ring_bytes: float) -> list[Form]:
         """Deal the forms out by error diffusion: each block streams as the time so far asks for.
 
@@ -189,11 +216,11 @@ class Residency:
         ring can hold ahead: a link that had nothing to do cannot catch up later.
         """
         stay = self.giants | self._small_ones(SMALL_SHARE * (self.moving_bytes - streamed_bytes))
-        per_span = streamed_bytes / (sum(self.spans) or 1.0)
+        per_span = self.uses * streamed_bytes / (sum(self.spans) or 1.0)
         owed = 0.0
         streamed = set()
         for index, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
-            size, present = block.moving_bytes, self.present[index]
+            size, present = block.passing_bytes, self.present[index]
             owed = min(owed + per_span * span, ring_bytes + size)
             if size > 0 and index not in stay:
                 inertia = 0.0 if present is None else -INERTIA if present.is_streamed else INERTIA
@@ -217,13 +244,13 @@ class Residency:
         return forms
 
     def _small_ones(self, room_bytes: float) -> set[int]:
-        """The smallest blocks that together fit `room_bytes`, none larger than half of the largest."""
+        """The smallest blocks for their uses that together fit `room_bytes`, none larger than half of the largest."""
         small: set[int] = set()
         most_bytes = self.largest(is_packed=False) // 2
-        for index in self.by_size:
-            size = self.blocks[index].moving_bytes
-            room_bytes -= size
-            if room_bytes < 0 or size > most_bytes:
+        for index in self.by_size_a_use:
+            block = self.blocks[index]
+            room_bytes -= block.moving_bytes
+            if room_bytes < 0 or block.moving_bytes > block.uses * most_bytes:
                 break
             small.add(index)
         return small

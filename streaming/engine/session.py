@@ -182,29 +182,29 @@ class Session:
 
     @property
     def link_bytes(self) -> int:
-        """Bytes that cross the link in one pass over all blocks."""
-        return sum(moving.link_bytes for moving in self._moved())
+        """Bytes that cross the link in one pass over all blocks; where blocks run several times, at the most."""
+        return sum(self._costs.uses(index) * moving.link_bytes for index, moving in self._moved())
 
     @property
     def in_file_bytes(self) -> int:
         """Bytes of them that are read from their file in each pass."""
-        staged = (moving.origin for moving in self._moved() if isinstance(moving.origin, Staged))
-        return sum(origin.nbytes for origin in staged if origin.in_file)
+        staged = ((index, moving.origin) for index, moving in self._moved() if isinstance(moving.origin, Staged))
+        return sum(self._costs.uses(index) * origin.nbytes for index, origin in staged if origin.in_file)
 
     @property
     def is_packed(self) -> bool:
         """True where any block is restored when it runs."""
-        return any(moving.layout is not None for moving in self._moved())
+        return any(moving.layout is not None for _, moving in self._moved())
 
     @property
     def packed_resident_bytes(self) -> int:
         """Bytes that packed blocks take of the device for good."""
-        kept = (moving.layout for moving in self._moved() if moving.origin is None)
+        kept = (moving.layout for _, moving in self._moved() if moving.origin is None)
         return sum(layout.stored_bytes for layout in kept if layout is not None)
 
-    def _moved(self) -> tuple[MovingBlock, ...]:
-        """The blocks that move, in a copy made at one go: sizes are read by other threads, to be shown."""
-        return tuple(self._moving.values())
+    def _moved(self) -> tuple[tuple[int, MovingBlock], ...]:
+        """The blocks that move, by index, in a copy made at one go: sizes are read by other threads, to be shown."""
+        return tuple(self._moving.items())
 
     def places(self) -> list[Place]:
         """The places of a run under way, to be looked at by any thread and changed by none."""

@@ -27,6 +27,9 @@ WORTH_IN_TIME = 0.015
 WORTH_IN_TIME_AGAIN = 0.03
 WORTH_IN_SIZE = 0.02
 
+# Or where the new one has the link busy for so much less of a step: copies take of the processor what is not foreseen.
+WORTH_IN_TRAFFIC = 0.1
+
 # What free memory may fall by between runs, as a share of the model, before a plan that worked is given up: it reads a
 # little lower after a first run, which loads kernels and libraries.
 STEADY_SHARE = 0.03
@@ -95,7 +98,9 @@ def _does(stream: ModelStream, settings: StreamingSettings, present: Plan, plan:
     now = stream.session.expect(present)
     if now is not None and plan.expected is not None:
         worth = WORTH_IN_TIME if present.expected is None else WORTH_IN_TIME_AGAIN
-        return plan.expected.step_ms > (1 - worth) * now.step_ms
+        is_faster = plan.expected.step_ms <= (1 - worth) * now.step_ms
+        is_lighter = plan.expected.link_ms <= now.link_ms - WORTH_IN_TRAFFIC * now.step_ms
+        return not (is_faster or is_lighter)
     return plan.resident_bytes - present.resident_bytes < WORTH_IN_SIZE * total_bytes
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from layerstream.streaming.engine import meter
 from layerstream.streaming.engine.packing import PlainPacker
+from layerstream.streaming.engine.plan import Packing
 from layerstream.streaming.engine.simulated import SimulatedDevice
 
 from walkers import attach, make_input, make_walker, one_pass, plan_for
@@ -43,6 +44,31 @@ def test_what_a_pass_took_is_measured_and_planned_with(monkeypatch):
     forecast = session.expect(session.plan)
     assert 0 < forecast.compute_ms <= 1.001 * (parts - times.total_ms("wait_ms"))
     session.load(session.propose(session.plan.device_bytes + 400_000))
+    assert torch.equal(one_pass(session, walker, x), expected)
+
+
+def test_a_block_that_runs_several_times_is_brought_and_counted_as_often(monkeypatch):
+    monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
+    walker = make_walker(count=12)
+    walker.order = [0, 1, 2, 2, 2, *range(3, 12), *range(4, 9), *range(4, 9)]
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30, has_clock=True))
+    session.load(plan_for(session, 0.0))
+    assert session.link_bytes == session.plan.link_bytes, "nothing is known of how often blocks run"
+    for _ in range(4):
+        assert torch.equal(one_pass(session, walker, x), expected)
+        session.measure()
+    uses = {index: times.uses for index, times in session.meter.best.blocks.items()}
+    assert uses == {index: 3 if index in range(4, 9) else 1 for index in range(12)}, (
+        "at once after itself it is still there"
+    )
+    assert 0.9 * session.link_bytes < session.meter.last.moved_bytes <= session.link_bytes, "one may still be there"
+    assert session.link_bytes > 1.5 * session.plan.link_bytes
+    assert session.propose(None, stream_all=True, packing=Packing.NEVER).link_bytes == session.link_bytes
+    session.load(session.propose(session.plan.device_bytes + 400_000, packing=Packing.NEVER))
+    resident = {index for index, form in enumerate(session.plan.forms) if not form.is_streamed}
+    assert resident and resident < set(range(4, 9)), "those that cross most often stay first"
     assert torch.equal(one_pass(session, walker, x), expected)
 
 

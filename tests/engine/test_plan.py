@@ -21,15 +21,15 @@ RATES = Rates(link=50 * GIB / 1000, restore=1500 * GIB / 1000, tail_ms=4.0)
 # Now and then one that is far larger than the others.
 moving = st.integers(0, 64 * MIB) | st.integers(0, 64 * MIB) | st.integers(300 * MIB, 600 * MIB)
 sizes = st.tuples(st.integers(0, MIB), moving, st.booleans())
-times = st.tuples(st.floats(0, 5), st.floats(0, 5))
+times = st.tuples(st.floats(0, 5), st.floats(0, 5), st.sampled_from((1, 1, 1, 3)))
 models = st.lists(st.tuples(sizes, times), min_size=1, max_size=40)
 rates = st.none() | st.builds(Rates, st.floats(1e5, 1e8), st.floats(1e7, 1e10), st.floats(0, 10))
 
 
 def blocks_of(model) -> list[BlockCost]:
     return [
-        BlockCost(f"block.{i}", fixed, moving, int(0.7 * moving) if can_pack else None, lead, compute)
-        for i, ((fixed, moving, can_pack), (lead, compute)) in enumerate(model)
+        BlockCost(f"block.{i}", fixed, moving, int(0.7 * moving) if can_pack else None, lead, compute, uses)
+        for i, ((fixed, moving, can_pack), (lead, compute, uses)) in enumerate(model)
     ]
 
 
@@ -57,7 +57,7 @@ def test_a_plan_is_within_budget_and_accounts_for_every_byte(model, budget, outs
         return
     assert plan.device_bytes <= budget
     kept = [(block, form) for block, form in zip(blocks, plan.forms, strict=True) if not form.is_streamed]
-    assert plan.streamed_bytes + sum(block.moving_bytes for block, _ in kept) == sum(b.moving_bytes for b in blocks)
+    assert plan.streamed_bytes + sum(block.passing_bytes for block, _ in kept) == sum(b.passing_bytes for b in blocks)
     assert plan.resident_bytes == sum(block.fixed_bytes for block in blocks) + sum(
         block.bytes_as(form) for block, form in kept
     )
@@ -179,6 +179,41 @@ def test_most_of_a_model_streams_where_the_blocks_that_compute_long_have_few_byt
 def test_a_link_that_cannot_keep_pace_is_never_idle():
     plan = make_plan(even_blocks(80, compute_ms=0.2), budget_bytes=int(0.8 * GIB), rates=RATES, packing=Packing.NEVER)
     assert plan.expected.step_ms < 1.03 * plan.expected.link_ms
+
+
+def test_what_runs_several_times_crosses_as_often_and_stays_first():
+    blocks = even_blocks(40, 10 * MIB, compute_ms=1.0)
+    blocks[20:] = [replace(block, uses=3, compute_ms=3.0) for block in blocks[20:]]
+    how = {"rates": RATES, "packing": Packing.NEVER}
+    everything = make_plan(blocks, budget_bytes=None, stream_all=True, **how)
+    assert everything.link_bytes == everything.streamed_bytes == (20 + 3 * 20) * 10 * MIB
+    assert everything.expected.link_ms == pytest.approx(
+        everything.link_bytes / (SUSTAINED * RATES.link) + 80 * COPY_LATENCY_MS
+    )
+    half = make_plan(blocks, budget_bytes=200 * MIB, **how)
+    kept_once, kept_often = (
+        sum(not form.is_streamed for form in half.forms[part]) for part in (slice(20), slice(20, 40))
+    )
+    assert kept_once == 0 and kept_often == 17
+    assert half.expected.link_ms < 0.37 * everything.expected.link_ms
+    hurried = [replace(block, lead_ms=0.0, compute_ms=0.1 if block.uses == 1 else 0.6) for block in blocks]
+    half = make_plan(hurried, budget_bytes=200 * MIB, **how)
+    assert sum(not form.is_streamed for form in half.forms[:20]) > 5, "under these the link has no time for them"
+    assert half.expected.step_ms < 1.02 * half.expected.floor_ms
+
+
+def test_restoring_what_runs_several_times_takes_as_often():
+    blocks = [replace(block, uses=4) for block in even_blocks(10, compute_ms=5.0)]
+    found = forecast(blocks, [Form.RESIDENT_PACKED] * 10, 0, 2 * 80 * MIB, RATES)
+    assert found.restore_ms == pytest.approx(4 * 10 * 80 * MIB / RATES.restore)
+
+
+def test_packing_is_chosen_for_all_that_crosses():
+    blocks = even_blocks(40, 80 * MIB, compute_ms=2.5)
+    plan = make_plan(blocks, budget_bytes=GIB, rates=RATES)
+    assert not plan.is_packed
+    plan = make_plan([replace(block, uses=2) for block in blocks], budget_bytes=GIB, rates=RATES)
+    assert plan.is_packed and plan.link_bytes > 2 * 0.7 * (40 * 80 * MIB - GIB)
 
 
 def test_a_thousand_blocks_are_planned_in_fifty_milliseconds():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import comfy.sampler_helpers
 import pytest
 import torch
+from layerstream.streaming.engine.forecast import Forecast, Form
+from layerstream.streaming.engine.plan import Packing, Plan
 from layerstream.streaming.host.patcher import StreamingModelPatcher
+from layerstream.streaming.host.planning import choose_plan
 from layerstream.streaming.host.settings import GIB, MIB, Mode, StreamingSettings
+from layerstream.streaming.host.streams import Way
 
 from streamed import on_simulated_card, stream
 
@@ -77,3 +83,29 @@ def test_weights_that_do_not_pack_are_tried_once_and_travel_raw(monkeypatch, loa
     assert not session.is_packed
     after = model.model.state_dict()
     assert all(after[name].data_ptr() == address for name, address in slabs.items()), "read or locked again"
+
+
+@pytest.mark.parametrize(("link_ms", "is_taken"), [(30.0, True), (55.0, False)])
+def test_a_plan_as_fast_is_taken_where_it_leaves_much_of_the_link_alone(link_ms, is_taken):
+    def plan(resident_bytes: int, link_ms: float) -> Plan:
+        expected = Forecast(step_ms=100.0, compute_ms=100.0, restore_ms=0.0, link_ms=link_ms)
+        return Plan((Form.STREAMED,), 0, resident_bytes, 2 * GIB, 2 * GIB, MIB, 0, expected)
+
+    present, lighter = plan(MIB, 60.0), plan(GIB, link_ms)
+    session = SimpleNamespace(
+        plan=present,
+        total_bytes=4 * GIB,
+        propose=lambda *_, **__: lighter,
+        expect=lambda plan: plan.expected,
+    )
+    settings = StreamingSettings(Mode.AUTO)
+    stream = SimpleNamespace(
+        session=session,
+        settings=(settings, Packing.AUTO),
+        is_in_place=True,
+        ways=[Way(0)],
+        fitting_bytes=None,
+        device=SimpleNamespace(free_bytes=lambda: 2 * GIB, holds_activations=True),
+    )
+    chosen = choose_plan(stream, settings, 2 * GIB, 0, Packing.AUTO, ())
+    assert chosen is (lighter if is_taken else present)
