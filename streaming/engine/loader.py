@@ -181,16 +181,13 @@ class BlockLoader:
         slab = self._valid_slab(index, mark)
         if slab is not None:
             return slab
-        base = block.offset_of(cut)
         slab = self.store.get(index)
         if slab is None or slab.layout is not None or self._marks[index] is None:
             # The old slab's pages outlive it for as long as home tensors lie in them.
             self.store.drop(index)
-            slab = self.store.build(index, base, block.bytes_from(cut))
+            slab = self.store.build(index, block.offset_of(cut), block.bytes_from(cut))
         self._marks[index] = PARTLY_WRITTEN
-        for weight in block.weights[cut:]:
-            self._store(weight, changed(weight), slab.stored[weight.offset - base :])
-            weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
+        self._store_moving(block, cut, changed, slab.stored)
         self._marks[index] = mark
         return slab
 
@@ -203,9 +200,16 @@ class BlockLoader:
             raw.copy_(slab.stored)
             return
         raw.zero_()  # the gaps between weights are packed too
+        self._store_moving(block, cut, changed, raw, is_on_device=True)
+
+    def _store_moving(
+        self, block: Block, cut: int, changed: Changed, stored: torch.Tensor, *, is_on_device: bool = False
+    ) -> None:
+        """Write what the weights of `block` from `cut` on are to hold into `stored`, which begins where they do."""
+        base = block.offset_of(cut)
         for weight in block.weights[cut:]:
-            self._store(weight, changed(weight), raw[weight.offset - block.offset_of(cut) :], is_on_device=True)
-            weight.put(weight.home)
+            self._store(weight, changed(weight), stored[weight.offset - base :], is_on_device=is_on_device)
+            weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
 
     def _valid_slab(self, index: int, mark: Hashable, is_packed: bool = False) -> Slab | None:
         """The slab of block `index`, if there is one of that kind with what `mark` says."""

@@ -127,7 +127,7 @@ class Meter:
         self.times: PassTimes | None = None
         """The latest timed pass; it outlives the plan under which it was timed."""
         self.best: PassTimes | None = None
-        """The same at its best in all passes that were timed since `forget_times`, for plans."""
+        """The same at its best in all passes that were timed since `take_times`, for plans."""
         self.rates: Rates | None = None
         self.is_timing = False
         self._passes_of_plan = 0
@@ -248,9 +248,9 @@ class Meter:
         self.best = times if self.best is None else times.at_best(self.best)
         self._note_rates(times)
 
-    def forget_times(self) -> None:
-        """Take note that passes take other times from now on: the first ones are timed again."""
-        self.best = None
+    def take_times(self, times: PassTimes | None) -> None:
+        """Take note that passes take other times from now on, `times` if they are known; the first ones are timed."""
+        self.best = times
         self.begin_plan()
 
     def _note_rates(self, times: PassTimes) -> None:

@@ -420,10 +420,18 @@ class Session:
         self._planned_ms = best.busy_ms
         return True
 
-    def forget_times(self) -> None:
-        """Take note that passes take other times from now on: the next are measured as the first were."""
-        self.meter.forget_times()
-        self._planned_ms = self._weighed = None
+    @property
+    def times(self) -> PassTimes | None:
+        """What plans are made by; None until passes were measured."""
+        return self.meter.best
+
+    def take_times(self, times: PassTimes | None) -> None:
+        """Take note that passes take other times from now on: those of an earlier run, or None if they are not known.
+
+        Either way the next are measured as the first were.
+        """
+        self.meter.take_times(times)
+        self._planned_ms, self._weighed = None, times
 
     def begin_run(self) -> None:
         """Take the memory of the ring now; otherwise the first pass does.

@@ -24,6 +24,7 @@ from ..engine.block import take_apart
 from ..engine.codec import align
 from ..engine.device import Device
 from ..engine.mapped import FileSlice
+from ..engine.meter import PassTimes
 from ..engine.plan import Packing
 from ..engine.session import Session
 from ..formats.gguf_file import MAPPED_FILE as GGUF_FILE
@@ -46,6 +47,9 @@ COMFY_FILE = "_comfy_tensor_file_slice"
 # What a model that was short of RAM wants of it, against what it needs, before it is taken to have enough again.
 ENOUGH = 1.2
 
+# Of how many shapes it is kept what their runs have shown.
+MOST_SHAPES = 16
+
 # Packed bytes of a weight against its own, at the worst seen.
 PACKED_SHARE = 0.75
 
@@ -59,6 +63,15 @@ class Way(NamedTuple):
     walks: int = 1
     reserve_bytes: int = 0
     is_batch: bool = False
+
+
+class Measured(NamedTuple):
+    """What runs of one shape have shown, as `ModelStream` has it: the next one of that shape is planned by it."""
+
+    times: PassTimes | None = None
+    fitting_bytes: int | None = None
+    compute_bytes: int = 0
+    batch: int = 0
 
 
 @dataclass(eq=False)
@@ -100,6 +113,8 @@ class ModelStream:
     """What weights and ring can take on the card in a run of this shape, as seen in one; None until then."""
     compute_bytes: int = 0
     """What compute took of the card beside them at its peak."""
+    measured: dict[Hashable, Measured] = field(default_factory=dict)
+    """What runs of other shapes have shown, the latest last: those of one prompt take turns, small and large say."""
     is_short_of_ram: bool = False
     """Whether RAM had no room for slabs of what streams when it was last asked."""
     run_time: RunTimePatches | None = None
@@ -195,16 +210,25 @@ class ModelStream:
             self.node_ids.add(context.node_id)
 
     def begin_run(self, shape: Hashable) -> None:
-        """Take note that a run of `shape` comes; what was measured for another one does not hold for it."""
-        if shape != self.shape:
-            self.shape = shape
-            self.forget_measured()
+        """Take note that a run of `shape` comes: only what another one of that shape has shown holds for it."""
+        if shape == self.shape:
+            return
+        times = self.session.times if self.is_open else None
+        self.measured[self.shape] = Measured(times, self.fitting_bytes, self.compute_bytes, self.batch)
+        if len(self.measured) > MOST_SHAPES:
+            del self.measured[next(iter(self.measured))]
+        self.shape = shape
+        self._recall(self.measured.pop(shape, Measured()))
 
     def forget_measured(self) -> None:
         """Take note that coming runs take other memory and time than those before."""
-        self.fitting_bytes, self.batch = None, 0
+        self.measured.clear()
+        self._recall(Measured())
+
+    def _recall(self, measured: Measured) -> None:
+        times, self.fitting_bytes, self.compute_bytes, self.batch = measured
         if self.is_open:
-            self.session.forget_times()
+            self.session.take_times(times)
 
     def measure(self) -> bool:
         """Between passes: take what the session measured, once a plan; True when it did.

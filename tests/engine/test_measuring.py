@@ -94,9 +94,9 @@ def test_when_times_are_forgotten_the_next_ones_are_measured_and_nothing_before(
     session, run = timed
     assert run(5) == [False, False, False, True, False]
     session.end_run()
-    session.forget_times()
+    session.take_times(None)
     assert run(5) == [False, False, False, True, False]
-    session.forget_times()
+    session.take_times(None)
     assert run(5) == [False, False, False, True, False], "in mid-run too"
     assert session.expect(session.plan) is not None
 

@@ -9,6 +9,7 @@ from layerstream.streaming.engine.plan import Packing
 from layerstream.streaming.host import patcher
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import Mode, StreamingSettings
+from layerstream.streaming.host.streams import MOST_SHAPES
 
 from streamed import believe_times, on_simulated_card
 
@@ -71,6 +72,53 @@ def test_what_fits_is_measured_for_each_shape(load, sample, timed_card):
         sample(streamed, steps=STEPS, pixels=pixels)
         assert streamed.stream.fitting_bytes is not None, pixels
         assert streamed.stream.session.expect(streamed.stream.session.plan) is not None
+
+
+def test_what_a_shape_has_shown_is_known_when_it_comes_again(monkeypatch, load, sample, timed_card):
+    model = load("zimage", size="tiny")
+    streamed = timed_card(model, 0.6, Packing.NEVER)
+    stream, known = streamed.stream, []
+    choose = patcher.choose_plan
+
+    def choose_and_note(stream, *args):
+        known.append((stream.session.is_timed, stream.fitting_bytes))
+        return choose(stream, *args)
+
+    monkeypatch.setattr(patcher, "choose_plan", choose_and_note)
+    shown = {}
+    for pixels in (64, 128):
+        known.clear()
+        sample(streamed, steps=STEPS, pixels=pixels)
+        assert known[0] == (False, None), "what the other shape has shown does not hold for this one"
+        shown[pixels] = stream.session.times, stream.fitting_bytes
+    assert shown[64][0] is not shown[128][0]
+    for pixels in (64, 128):
+        known.clear()
+        sample(streamed, steps=1, pixels=pixels)  # too short to be measured
+        assert known[0] == (True, shown[pixels][1])
+        assert stream.session.times is shown[pixels][0]
+    stream.forget_measured()
+    for pixels in (64, 128):
+        known.clear()
+        sample(streamed, steps=1, pixels=pixels)
+        assert known[0] == (False, None)
+
+
+def test_no_more_shapes_are_remembered_than_a_person_may_use(load, sample, timed_card):
+    streamed = timed_card(load("zimage", size="tiny"), 0.6, Packing.NEVER)
+    sample(streamed, steps=STEPS, pixels=64)
+    stream = streamed.stream
+    first = stream.shape
+    for shape in range(3 * MOST_SHAPES):
+        stream.begin_run(shape)
+        if shape % 2:
+            stream.begin_run(first)
+            assert stream.session.times is not None and stream.fitting_bytes is not None
+        assert len(stream.measured) <= MOST_SHAPES
+    for shape in range(MOST_SHAPES + 1):
+        stream.begin_run(-1 - shape)
+    stream.begin_run(first)
+    assert stream.session.times is None and stream.fitting_bytes is None
 
 
 def test_a_plan_that_takes_more_than_thought_gives_it_back_at_once(monkeypatch, load, sample, timed_card):
