@@ -120,10 +120,11 @@ class Block:
         for weight in self.weights:
             weight.offset = offset
             offset = weight.end
+        self._size_bytes = offset
 
     def weight_bytes(self) -> int:
         """Bytes of all weights as laid out, alignment included."""
-        return self.weights[-1].end if self.weights else 0
+        return self._size_bytes
 
     def to_host(self) -> None:
         """Have the module hold its home tensors."""

@@ -7,6 +7,7 @@ reads a tensor back from bytes that lie on either side. A codec owns no memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +48,7 @@ class RawCodec:
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
@@ -74,7 +75,7 @@ class WrapperCodec:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         return sum(align(part.stored_bytes) for _, part in self.parts)
 

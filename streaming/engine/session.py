@@ -239,15 +239,15 @@ class Session:
         progress: Progress = lambda done, total: None,
         afresh: bool = False,
         all_in_slabs: bool = False,
-    ) -> None:
+    ) -> bool:
         """Bring the module to `plan`, whose forms are in the order of the blocks: residents on the device, streamed
         weights in slabs, or left in their file where host memory is short. `changed` gives what a weight is to hold
         instead of its home tensor, and `will_change` says whether it would, to have that read ahead. `all_in_slabs` is
         for weights that will be changed in place.
 
         What already is as the plan wants it, with the same mark, is left alone, unless all is to be brought to the
-        device `afresh`, which leaves no holes between what stays and what comes. Raises torch.OutOfMemoryError when the
-        device refuses; the session is then unloaded.
+        device `afresh`, which leaves no holes between what stays and what comes. Gives whether anything was not. Raises
+        torch.OutOfMemoryError when the device refuses; the session is then unloaded.
         """
         assert not self.is_running, "a plan cannot change inside a pass"
         marks = marks or Marks((None,) * len(self.parts.blocks), None)
@@ -294,6 +294,7 @@ class Session:
             self.meter.begin_plan()
             self._planned_ms, self._weighed = None, self.meter.best
         progress(self.total_bytes, self.total_bytes)
+        return bool(stale) or is_outside_stale
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
         """For `changed` to work from: a copy of the home tensor, brought to the device faster than one by one from the
@@ -304,12 +305,10 @@ class Session:
 
     def _slab_sizes(self, plan: Plan) -> dict[int, int]:
         """Bytes of the slabs that `plan` asks for, as far as they are known, in the order in which blocks run."""
-        order = self._costs.order()
-        costs = zip(order, self._costs.of(order), strict=True)
+        streamed = [index for index in self._costs.order() if plan.forms[index].is_streamed]
         return {
             index: cost.packed_bytes if plan.forms[index].is_packed and cost.packed_bytes else cost.moving_bytes
-            for index, cost in costs
-            if plan.forms[index].is_streamed
+            for index, cost in zip(streamed, self._costs.of(streamed), strict=True)
         }
 
     def _load_blocks(

@@ -10,6 +10,7 @@ model from these; our device memory is held by the model's parameters alone and 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 from comfy.model_patcher import move_weight_functions, wipe_lowvram_weight
@@ -19,6 +20,21 @@ from .patched import LAYER_WEIGHTS, Backup, patched_modules
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
+
+
+def keep_ledger(patcher: StreamingModelPatcher) -> None:
+    """Write the ledger of `patcher`, whose model has what it had, unless it was written for all that is so now."""
+    key = _written_for(patcher)
+    if key is None or key != patcher.stream.ledger_key:
+        write_ledger(patcher)
+
+
+def _written_for(patcher: StreamingModelPatcher) -> Hashable | None:
+    """What a ledger depends on besides what is loaded; None where layers apply something as they run."""
+    if patcher.run_time_patches or patcher.weight_wrapper_patches:
+        return None
+    objects = tuple((name, id(put)) for name, put in patcher.object_patches.items())
+    return patcher.patches_uuid, id(patcher.backup), patcher.load_device, patcher.force_cast_weights, objects
 
 
 def write_ledger(patcher: StreamingModelPatcher) -> None:
@@ -48,3 +64,4 @@ def write_ledger(patcher: StreamingModelPatcher) -> None:
     model.device = patcher.load_device
     model.current_weight_patches_uuid = stream.load_id
     stream.tell_loaded()
+    stream.ledger_key = _written_for(patcher)

@@ -74,6 +74,8 @@ def is_patched_when_read(patcher: StreamingModelPatcher, block: Block) -> bool:
 
 def patched_modules(patcher: StreamingModelPatcher) -> set[torch.nn.Module]:
     """Those whose own tensors have their patches in them, as the model is loaded now."""
+    if not patcher.patches:
+        return set()
     session = patcher.stream.session
     return {
         site.module

@@ -29,7 +29,7 @@ from .casting import FLAG
 from .compiling import is_compiled, unless_streaming
 from .devices import device_for, why_not
 from .families import Family
-from .ledger import write_ledger
+from .ledger import keep_ledger, write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .patched import baked, is_patched_when_read, patch_key
 from .planning import choose_plan, least_left, least_streamed_bytes
@@ -148,6 +148,7 @@ class StreamingModelPatcher(ModelPatcher):
             return
         with self.use_ejected():
             self.unpatch_hooks()
+            was_in_place = self.stream.is_in_place
             self._take_over()
             stream, session = self.stream, self.stream.session
             self._is_to_be_read = force_patch_weights
@@ -159,9 +160,10 @@ class StreamingModelPatcher(ModelPatcher):
             self._load_rest(device_to)
             # Where less stays than did, what goes would leave holes between that compute finds no room in.
             is_less = session.plan is not None and plan.resident_bytes < session.plan.resident_bytes
-            self._load_plan(plan, fresh, afresh=is_less)
+            has_moved = self._load_plan(plan, fresh, afresh=is_less)
             stream.load_id = stream.load_id or uuid.uuid4()
-            write_ledger(self)
+            keep = keep_ledger if was_in_place and not has_moved else write_ledger
+            keep(self)
             if fresh:
                 logger.info("LayerStream: %s", summary(self))
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
@@ -212,8 +214,11 @@ class StreamingModelPatcher(ModelPatcher):
         self.stream.open(is_dynamic)  # weights are known by their places in the model that nobody has patched
         super().patch_model(load_weights=False)
 
-    def _load_plan(self, plan: Plan, fresh: bool, afresh: bool = False) -> None:
-        """Bring the model to `plan`. Where weights did not pack as small as thought, plan again with what is known."""
+    def _load_plan(self, plan: Plan, fresh: bool, afresh: bool = False) -> bool:
+        """Bring the model to `plan`; give whether anything was not there already.
+
+        Where weights did not pack as small as thought, plan again with what is known.
+        """
         session = self.stream.session
         progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
         marks = self._marks()
@@ -228,10 +233,10 @@ class StreamingModelPatcher(ModelPatcher):
             all_in_slabs=bool(self.hook_patches),
         )
         with self._without_hooks(), self.stream.moving():
-            load(plan)
+            has_moved = load(plan)
             if session.device_bytes > plan.device_bytes + SMALL_EXCESS_BYTES:
                 is_all_streamed = not plan.resident_bytes
-                load(
+                has_moved |= load(
                     session.propose(
                         plan.device_bytes,
                         packing=self._packing(),
@@ -239,6 +244,7 @@ class StreamingModelPatcher(ModelPatcher):
                         stream_all=is_all_streamed,
                     )
                 )
+        return has_moved
 
     @contextmanager
     def _without_hooks(self) -> Iterator[None]:
@@ -276,6 +282,8 @@ class StreamingModelPatcher(ModelPatcher):
             return self.patches_uuid if is_patched else None
 
         parts = self.stream.session.parts
+        if not self.patches:
+            return Marks((None,) * len(parts.blocks), None)
         return Marks(tuple(mark(block.weights) for block in parts.blocks), mark(parts.outside.weights))
 
     def _unpacked(self) -> set[int]:

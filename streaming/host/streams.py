@@ -93,6 +93,8 @@ class ModelStream:
     restraint: Restraint = FREE
     """What the run gives up because one like it ran out of memory."""
     load_id: uuid.UUID | None = None
+    ledger_key: Hashable = None
+    """What the ledger was last written for, as `ledger.py` has it."""
     told_bytes: int = 0
     """What ComfyUI was told that the model has on the card."""
     is_guided: bool = False

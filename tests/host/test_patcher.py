@@ -8,6 +8,9 @@ import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
+from layerstream.streaming.host import ledger
+from layerstream.streaming.host import patcher as patcher_module
+from layerstream.streaming.host.ledger import write_ledger
 
 from loras import apply, make_lora
 from scripts.tiny_models import build_tiny_model, sample_tiny
@@ -121,6 +124,36 @@ def test_the_same_run_again_reads_and_locks_nothing(card, load, sample):
     assert torch.equal(sample(streamed), first)
     assert streamed.stream.device.locked_bytes == locked
     assert {n: t.data_ptr() for n, t in model.model.diffusion_model.state_dict().items()} == addresses
+
+
+def test_the_same_run_again_leaves_the_model_as_it_is(monkeypatch, card, load, sample):
+    written = []
+
+    def write_and_note(patcher) -> None:
+        written.append(patcher)
+        write_ledger(patcher)
+
+    for module in (ledger, patcher_module):
+        monkeypatch.setattr(module, "write_ledger", write_and_note)
+    model = load(FAMILY, size="tiny")
+    expected = sample(model)
+    lora = apply(model, make_lora(model, seed=1), 1.0)
+    expected_with_lora = sample(lora)
+    assert not torch.equal(expected, expected_with_lora)
+    streamed, streamed_with_lora = stream(model, 0.4), stream(lora, 0.4)
+    for patcher, result in ((streamed, expected), (streamed_with_lora, expected_with_lora), (streamed, expected)):
+        written.clear()
+        assert torch.equal(sample(patcher), result) and written
+        written.clear()
+        assert torch.equal(sample(patcher), result) and not written
+    assert torch.equal(sample(model), expected) and not written
+    assert torch.equal(sample(streamed), expected) and written, "the model was somebody else's"
+    written.clear()
+    streamed.force_cast_weights = True
+    assert torch.equal(sample(streamed), expected) and written
+    written.clear()
+    streamed.partially_unload(streamed.offload_device, streamed.loaded_size() // 4)
+    assert torch.equal(sample(streamed), expected) and written, "part of it had left the card"
 
 
 def test_nothing_of_ours_outlives_the_patchers(card, load, sample):
