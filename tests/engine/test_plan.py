@@ -347,6 +347,8 @@ def test_places_in_the_ring_follow_each_other():
 def test_negative_sizes_and_times_are_refused(changes):
     with pytest.raises(ValueError, match="negative"):
         BlockCost(**{"name": "block.0", "fixed_bytes": 0, "moving_bytes": 0, **changes})
+    with pytest.raises(ValueError, match="used 0 times"):
+        BlockCost("block.0", 0, 0, uses=0)
 
 
 def test_a_negative_prefetch_is_refused():
