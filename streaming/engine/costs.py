@@ -42,8 +42,7 @@ class CostSheet:
 
     def uses(self, index: int) -> int:
         """How often block `index` is brought in a pass, if it streams; once, as far as was not seen."""
-        times = self._times().get(index)
-        return max(1, times.uses) if times else 1
+        return _uses(self._times().get(index))
 
     def _times(self) -> dict[int, BlockTimes]:
         return self._meter.best.blocks if self._meter.best and self._device.has_clock else {}
@@ -59,4 +58,8 @@ class CostSheet:
         # A device's clock may tell nonsense now and then, which costs a worse plan and must not cost the run.
         lead_ms, compute_ms = (max(0.0, times.lead_ms), max(0.0, times.compute_ms)) if times else (0.0, 0.0)
         packed = packed if packed != moving else None
-        return BlockCost(block.name, fixed, moving, packed, lead_ms, compute_ms, self.uses(index))
+        return BlockCost(block.name, fixed, moving, packed, lead_ms, compute_ms, _uses(times))
+
+
+def _uses(times: BlockTimes | None) -> int:
+    return max(1, times.uses) if times else 1

@@ -1,7 +1,7 @@
 """The streaming session of a ComfyUI model, shared by every patcher of that model.
 
 In: a model and the patcher it came with. Out: one `ModelStream` a model, however many nodes and clones refer to it, so
-that its weights are in host memory once.
+that its weights are in host memory once. The file is long because all that the host must know of a model is one value.
 """
 
 from __future__ import annotations
@@ -215,12 +215,13 @@ class ModelStream:
         """Take note that a run of `shape` comes: only what another one of that shape has shown holds for it."""
         if shape == self.shape:
             return
+        shown = self.measured.pop(shape, Measured())  # first, lest it make way for what is noted now
         times = self.session.times if self.is_open else None
         self.measured[self.shape] = Measured(times, self.fitting_bytes, self.compute_bytes, self.batch)
         if len(self.measured) > MOST_SHAPES:
             del self.measured[next(iter(self.measured))]
         self.shape = shape
-        self._recall(self.measured.pop(shape, Measured()))
+        self._recall(shown)
 
     def forget_measured(self) -> None:
         """Take note that coming runs take other memory and time than those before."""

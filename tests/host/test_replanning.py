@@ -115,6 +115,10 @@ def test_no_more_shapes_are_remembered_than_a_person_may_use(load, sample, timed
             stream.begin_run(first)
             assert stream.session.times is not None and stream.fitting_bytes is not None
         assert len(stream.measured) <= MOST_SHAPES
+    for shape in range(MOST_SHAPES):
+        stream.begin_run(-1 - shape)
+    stream.begin_run(first)
+    assert stream.session.times is not None, "the oldest one that is known does not make way as it comes"
     for shape in range(MOST_SHAPES + 1):
         stream.begin_run(-1 - shape)
     stream.begin_run(first)
