@@ -120,8 +120,8 @@ def busy_us(items: Iterable[Work], window: Span) -> float:
 def _gaps(compute: Sequence[Work], work: Sequence[Work], window: Span) -> dict[str, Any]:
     """Where the compute stream stood still for longer than `GAP_US`, longest first.
 
-    `cause` is "host" when the host had not yet asked for the next kernel as the gap began, "wait" when it had: then
-    the stream waited for another one.
+    Of each, `host_ms` until the host asked for what comes next, and `wait_ms` from then on: the stream waited for
+    another one, or what was asked for stood in line behind the work of others.
     """
     gaps: list[dict[str, Any]] = []
     before: Work | None = None
@@ -130,12 +130,14 @@ def _gaps(compute: Sequence[Work], work: Sequence[Work], window: Span) -> dict[s
     for item in compute:
         if item.begin_us - reached > GAP_US:
             span = Span(reached, item.begin_us)
-            is_late = item.asked_us is not None and item.asked_us > span.begin_us
+            asked_us = span.begin_us if item.asked_us is None else item.asked_us
+            asked_us = min(max(asked_us, span.begin_us), span.end_us)
             gaps.append(
                 {
                     "at_ms": (span.begin_us - window.begin_us) / 1e3,
                     "length_ms": (span.end_us - span.begin_us) / 1e3,
-                    "cause": "host" if is_late else "wait",
+                    "host_ms": (asked_us - span.begin_us) / 1e3,
+                    "wait_ms": (span.end_us - asked_us) / 1e3,
                     "copying_ms": busy_us(copies, span) / 1e3,
                     "before": before.name if before else "(start of the step)",
                     "after": item.name,
@@ -147,9 +149,7 @@ def _gaps(compute: Sequence[Work], work: Sequence[Work], window: Span) -> dict[s
     return {
         "gaps": len(gaps),
         "gaps_ms": sum(gap["length_ms"] for gap in gaps),
-        "gaps_by_cause_ms": {
-            cause: sum(gap["length_ms"] for gap in gaps if gap["cause"] == cause) for cause in ("wait", "host")
-        },
+        "gaps_by_cause_ms": {cause: sum(gap[f"{cause}_ms"] for gap in gaps) for cause in ("wait", "host")},
         "longest_gaps": gaps[:LISTED_GAPS],
         "tail_ms": max(0.0, window.end_us - reached) / 1e3,
         "queue_ms_median": _queue_ms_median(compute),
@@ -202,8 +202,8 @@ def format_timeline(summary: dict[str, Any]) -> str:
 def _gap_line(gap: dict[str, Any]) -> str:
     before, after = gap["before"][:NAME_LENGTH], gap["after"][:NAME_LENGTH]
     return (
-        f"    at {gap['at_ms']:>7.2f} for {gap['length_ms']:>5.2f} ms, {gap['cause']}, copies ran for "
-        f"{gap['copying_ms']:.2f}: {before} | {after}"
+        f"    at {gap['at_ms']:>7.2f} for {gap['length_ms']:>5.2f} ms, host {gap['host_ms']:.2f}, wait "
+        f"{gap['wait_ms']:.2f}, copies ran for {gap['copying_ms']:.2f}: {before} | {after}"
     )
 
 

@@ -27,6 +27,7 @@ from . import retries
 from .budget import leave_budget, within
 from .casting import FLAG
 from .compiling import is_compiled, unless_streaming
+from .conditioning import bring_conditioning
 from .devices import device_for, why_not
 from .families import Family
 from .ledger import keep_ledger, write_ledger
@@ -85,6 +86,7 @@ class StreamingModelPatcher(ModelPatcher):
             patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, stream_pass)
             patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, note_guidance)
             patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER_KEY, note_memory)
+            patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, bring_conditioning)
             if not patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY):  # Offload Policy adds it too
                 patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY, retries.retry_sampling)
             patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, retries.WRAPPER_KEY, retries.split_guidance)
