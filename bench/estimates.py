@@ -2,8 +2,7 @@
 
 `python -m bench.estimates` builds narrow models of every listed family with ComfyUI's own classes, estimates each stage
 by formula and by dry run, runs it, and compares: on a card with the allocator's peak, on the CPU with the storages that
-the real run held at once. ComfyUI's formulas are made for published widths, so only dry runs are to be near here, and
-of the VAEs, whose convolutions take workspaces that no dry run sees, the one of published width.
+the real run held at once. ComfyUI's formulas are made for published widths, so only dry runs are to be near here.
 Prints a table, and last a line of JSON.
 """
 

@@ -1,7 +1,8 @@
 """How much memory a computation holds at its peak, by the storages of its tensors.
 
 In: code that runs under `LiveBytes`, on real tensors or on fake ones that have shapes and no values. Out: the most
-bytes that were alive at once of what the code made. What a kernel takes for itself while it runs is not seen.
+bytes that were alive at once of what the code made. What a kernel takes for itself while it runs is not seen, and known
+of convolutions only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch.utils._pytree import tree_iter
 
 # What CUDA's allocator rounds sizes up to.
 ROUND_BYTES = 512
+
+# With fewer channels cuDNN convolves them as they lie.
+LEAST_CHANNELS = 8
 
 
 class LiveBytes(TorchDispatchMode):
@@ -35,6 +39,8 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             self._count(tensor)
+        if func is torch.ops.aten.convolution.default and self._device.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes + convolution_bytes(result, *args))
         return result
 
     def _storage(self, tensor: Any) -> torch.UntypedStorage | None:
@@ -66,6 +72,31 @@ class LiveBytes(TorchDispatchMode):
             self._known.pop(key, None)
 
         self._known[key] = weakref.ref(storage, free)
+
+
+def convolution_bytes(
+    result: torch.Tensor,
+    given: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    is_transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> int:
+    """What cuDNN takes of the card beside the tensors of a convolution; arguments are those of `aten::convolution`.
+
+    Tensor cores want channels last. Where they are not, it makes copies of input, weight and output in which they are.
+    Measured with cuDNN 9 on an H200, in two and three dimensions, to within 4 % of 30 MiB and more: bf16, fp16 and fp32
+    take that, kernels of size 1, three channels of input and channels that are last nothing. Not known of transposed
+    and grouped ones.
+    """
+    is_product = all(size == 1 for size in weight.shape[2:])
+    if is_product or is_transposed or groups != 1 or weight.shape[1] < LEAST_CHANNELS or not given.is_contiguous():
+        return 0
+    return given.nbytes + weight.nbytes + result.nbytes
 
 
 class Called(Module):

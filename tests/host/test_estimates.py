@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 
+import comfy.model_management
 import comfy.sampler_helpers
 import pytest
 import torch
 from layerstream.streaming.engine.live_bytes import LiveBytes, peak_of
 from layerstream.streaming.host import dryrun, estimate
 from layerstream.streaming.host.policy import Estimation
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.estimates import PUBLISHED_LATENT, published_vae
 from governed import governed, make_parts
 from scripts import tiny_models
 from scripts.model_configurations import MODELS
@@ -52,6 +55,43 @@ def test_decoding_and_encoding(side):
         vae = tiny_vae()
     assert_close(dryrun.decode(vae, (1, 4, side, side)))
     assert_close(dryrun.encode(vae, (1, 3, 8 * side, 8 * side)))
+
+
+MIB = 1024**2
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "size", "options", "expected_mib"),
+    [
+        ((1, 512, 128, 128), 512, 3, {}, 16 + 16 + 4.5),
+        ((1, 256, 1024, 1024), 128, 3, {}, 512 + 256 + 0.5625),
+        ((1, 192, 3, 240, 416), 96, 3, {}, 109.6875 + 54.84375 + 0.94921875),
+        ((1, 256, 1024, 1024), 128, 1, {}, 0),
+        ((1, 3, 1024, 1024), 128, 3, {}, 0),
+        ((1, 256, 64, 64), 256, 3, {"memory_format": torch.channels_last}, 0),
+    ],
+)
+def test_a_convolution_takes_what_cudnn_was_seen_to_take(shape, channels, size, options, expected_mib):
+    with FakeTensorMode():
+        given = torch.empty(shape, dtype=torch.bfloat16).to(**options)
+        weight = torch.empty(channels, shape[1], *[size] * (len(shape) - 2), dtype=torch.bfloat16)
+        convolve = torch.nn.functional.conv2d if len(shape) == 4 else torch.nn.functional.conv3d
+        for device, taken_mib in (("cuda", expected_mib), ("cpu", 0)):
+            with LiveBytes(torch.device(device)) as live:
+                given, weight = given.to(device), weight.to(device)
+                before = live.live_bytes
+                result = convolve(given, weight, padding=size // 2)
+                assert live.peak_bytes - before - result.nbytes == pytest.approx(taken_mib * MIB, rel=1e-3), device
+
+
+def test_a_dry_run_of_decoding_has_a_convolution_at_its_peak(monkeypatch):
+    """FLUX's published VAE, of 1024x1024 in bf16, took 2193.6 MiB on an H200."""
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args: 64 * 1024 * MIB)
+    with torch.inference_mode():
+        vae = published_vae()
+        vae.first_stage_model.to(torch.bfloat16)
+    vae.device, vae.vae_dtype = torch.device("cuda"), torch.bfloat16
+    assert peak_of(*dryrun.decode(vae, PUBLISHED_LATENT)) / MIB == pytest.approx(2193.6, rel=CLOSE)
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name != "qwen25_7b"])
