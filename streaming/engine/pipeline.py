@@ -14,6 +14,7 @@ Ordering, which is all there is to get right:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ from .walk import Walk
 NoteBound = Callable[[Block, bool], None]
 """Told that the weights of a block came to the device (True), or went back to the host."""
 
-Bound = tuple[Place, Visit | None, list[Slot]]
+Before = list[tuple[dict[str, Any], str, torch.Tensor]]
+"""What modules held: a `Slot` each, which would take longer to make."""
 
 
 class Pipeline:
@@ -62,7 +64,7 @@ class Pipeline:
         self._copying = Copying(device, moving, ring, scratch, staging, walk, meter)
         self._restoring = Restoring(device, moving, scratch, ring, walk, meter)
         self._slots: dict[int, list[Slot]] = {}
-        self._bound: dict[int, Bound] = {}
+        self._bound: dict[int, tuple[Place, Visit | None, Before]] = {}
         self._visits: dict[int, Visit] = {}
         self._compute = device.compute_stream()
         # Brackets stay for the run, since making them costs time in each pass, and do nothing between passes.
@@ -186,7 +188,7 @@ class Pipeline:
         place.is_bound, place.is_fresh = True, False
         if visit is not None:
             visit.running.record(self._compute)
-        self._bound[index] = place, visit, [Slot(table, name, table[name]) for table, name, _ in slots]
+        self._bound[index] = place, visit, [(table, name, table[name]) for table, name, _ in slots]
         for table, name, tensor in slots:
             table[name] = tensor
         self._note_bound(self._blocks[index], True)
