@@ -10,15 +10,25 @@ import torch
 from streamed import on_simulated_card, stream
 
 FAMILIES = ("zimage", "flux")
+RUNS = tuple(itertools.product((1, 2), (1.0, 4.0)))
+"""Batch and guidance."""
+
+
+@pytest.fixture(scope="module")
+def resident() -> dict[tuple[str, int, float], torch.Tensor]:
+    """What models on the card make, by family and run: worked out once for all ways to stream them."""
+    return {}
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.95], ids=["all streamed", "half", "nearly all resident"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_bits(monkeypatch, load, sample, family, kept, prefetch):
-    for seed, (batch, cfg) in enumerate(itertools.product((1, 2), (1.0, 4.0))):
+def test_equal_bits(monkeypatch, load, sample, resident, family, kept, prefetch):
+    for seed, (batch, cfg) in enumerate(RUNS):
         model = load(family, size="tiny")
-        expected = sample(model, batch=batch, cfg=cfg)
+        if (family, batch, cfg) not in resident:
+            resident[family, batch, cfg] = sample(model, batch=batch, cfg=cfg)
+        expected = resident[family, batch, cfg]
         assert expected.isfinite().all()
         on_simulated_card(monkeypatch, seed, is_packed=seed % 2 == 1)
         streamed = stream(model, kept, prefetch)
@@ -38,12 +48,12 @@ def test_equal_bits(monkeypatch, load, sample, family, kept, prefetch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_bits_through_the_file_loader(monkeypatch, load, sample, family):
     model = load(family, size="narrow")
-    expected = sample(model, cfg=3.0)
+    expected = sample(model, steps=1)
     on_simulated_card(monkeypatch)
     streamed = stream(model, 0.5)
-    assert torch.equal(sample(streamed, cfg=3.0), expected)
+    assert torch.equal(sample(streamed, steps=1), expected)
     assert streamed.streaming_report()["streamed_bytes_per_step"] > 0
-    assert torch.equal(sample(model, cfg=3.0), expected)
+    assert torch.equal(sample(model, steps=1), expected)
 
 
 def test_every_weight_matters_to_this_comparison(monkeypatch, load, sample):
