@@ -251,6 +251,9 @@ class Session:
         """
         assert not self.is_running, "a plan cannot change inside a pass"
         marks = marks or Marks((None,) * len(self.parts.blocks), None)
+        is_there = plan == self.plan and marks == self._marks and not self._evicted
+        if is_there and not afresh and plan.is_resident and not self.host_bytes:
+            return False  # nor has host memory anything to give up
         self.end_run()
         previous, old, evicted = self.plan, self._marks, set(self._evicted)
         self.plan = self._marks = None

@@ -1,7 +1,8 @@
 """Puts the parts of a workflow under one Offload Policy.
 
 In: what a person connected and set. Out: the same parts, those that the policy moves with a `StreamingModelPatcher`
-that keeps page-locked copies, all of them telling when their stages begin. Under mode none they are the very objects.
+that keeps page-locked copies once it leaves the card, all of them telling when their stages begin. Under mode none they
+are the very objects.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
 from .budget import Budget
@@ -17,7 +19,7 @@ from .families import Family, text_family
 from .gguf_patches import streaming_patcher_for
 from .patcher import NothingToStream, StreamingModelPatcher
 from .policy import Leave, Part, PolicyMode, PolicySettings
-from .settings import Mode, StreamingSettings
+from .settings import GIB, Mode, StreamingSettings
 from .staged import staged_model, staged_text, staged_vae
 from .stages import Component, component_for
 
@@ -47,13 +49,18 @@ def govern(parts: Parts, settings: PolicySettings, budget: Budget | None = None)
             "clip is connected without model, so it is not known when sampling begins and the text encoder has to "
             "leave: connect the model to the same Offload Policy node"
         )
+    taken = []
     if model is not None:
-        model = staged_model(*_take(Part.DIFFUSION, model, settings, budget), settings.estimation)
+        taken.append(_take(Part.DIFFUSION, model, settings, budget))
+        model = staged_model(*taken[-1], settings.estimation)
     if clip is not None:
-        clip = staged_text(clip, *_take(Part.TEXT, clip.patcher, settings, budget), settings.estimation)
+        taken.append(_take(Part.TEXT, clip.patcher, settings, budget))
+        clip = staged_text(clip, *taken[-1], settings.estimation)
     if vae is not None:
         vae.throw_exception_if_invalid()
-        vae = staged_vae(vae, *_take(Part.VAE, vae.patcher, settings, budget), settings.estimation)
+        taken.append(_take(Part.VAE, vae.patcher, settings, budget))
+        vae = staged_vae(vae, *taken[-1], settings.estimation)
+    _keep_copies(taken, settings, budget)
     return Parts(model, clip, vae)
 
 
@@ -68,8 +75,27 @@ def _take(
     except NothingToStream as reason:
         logger.warning("LayerStream: the %s stays where ComfyUI puts it: %s", part.value, reason)
         return source, None
-    patcher.stream.shelve()
     return patcher, component_for(part, patcher.stream, settings)
+
+
+def _keep_copies(
+    taken: list[tuple[ModelPatcher, Component | None]], settings: PolicySettings, budget: Budget | None
+) -> None:
+    """Have those that will leave the card keep page-locked copies from their first load on.
+
+    Locking the pages takes seconds then, for nothing where all stay. One that need not leave and does all the same has
+    copies when it is loaded again.
+    """
+    wanted_bytes = sum(patcher.model_size() for patcher, _ in taken)
+    wanted_bytes += comfy.model_management.minimum_inference_memory()
+    for component in (component for _, component in taken if component is not None):
+        stream, device = component.stream, component.stream.device
+        stream.keeps_copies = True
+        reach_bytes = device.free_bytes() + device.taken_bytes()
+        if budget is not None and budget.vram_gib > 0:
+            reach_bytes = min(reach_bytes, int(budget.vram_gib * GIB))
+        if settings.departure(component.part) is not Leave.IF_SHORT or wanted_bytes > reach_bytes:
+            stream.shelve()
 
 
 def _streamed(

@@ -33,7 +33,7 @@ from .families import Family
 from .ledger import keep_ledger, write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .patched import baked, is_patched_when_read, patch_key
-from .planning import choose_plan, least_left, least_streamed_bytes
+from .planning import choose_plan, kept_whole, least_left, least_streamed_bytes
 from .run_time_patches import RunTimePatch, decide
 from .settings import GIB, Mode, StreamingSettings
 from .streams import ModelStream, stream_for
@@ -260,7 +260,10 @@ class StreamingModelPatcher(ModelPatcher):
     def _choose(self, allowed_bytes: float) -> Plan:
         held_bytes = self.loaded_size() if self.stream.is_in_place else 0
         settings = within(self.settings, self.stream)
-        return choose_plan(self.stream, settings, allowed_bytes, held_bytes, self._packing(), self._unpacked())
+        plan = kept_whole(self.stream, settings, allowed_bytes, held_bytes)
+        if plan is None:
+            plan = choose_plan(self.stream, settings, allowed_bytes, held_bytes, self._packing(), self._unpacked())
+        return plan
 
     def _packing(self) -> Packing:
         """Whether weights may be packed.
@@ -336,6 +339,7 @@ class StreamingModelPatcher(ModelPatcher):
         else:
             with self.stream.moving():
                 session.evict(int(memory_to_free))
+            self.stream.note_leaving()
         self.stream.tell_loaded()
         freed = before - self.loaded_size()
         logger.info("LayerStream: gave back %.2f GiB, %.2f GiB stay", freed / GIB, self.loaded_size() / GIB)
@@ -384,6 +388,7 @@ class StreamingModelPatcher(ModelPatcher):
             self.unpatch_hooks()
             with self.stream.moving():
                 self.stream.session.unload()
+            self.stream.note_leaving()
             self.stream.load_id = None
         super().unpatch_model(device_to, unpatch_weights)
 

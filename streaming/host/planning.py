@@ -35,6 +35,20 @@ WORTH_IN_TRAFFIC = 0.1
 STEADY_SHARE = 0.03
 
 
+def kept_whole(stream: ModelStream, settings: StreamingSettings, allowed_bytes: float, held_bytes: int) -> Plan | None:
+    """The plan in place, where all of the model stays by it and still may; otherwise None. Figures as `choose_plan` has
+    them: it would choose the same, but ComfyUI has each model loaded again several times a prompt.
+    """
+    present = stream.session.plan if stream.is_in_place else None
+    if present is None or not present.is_resident or settings.mode is Mode.ALWAYS:
+        return None
+    for _, budget_bytes in _budgets(stream, settings, allowed_bytes, held_bytes):
+        if present.device_bytes <= budget_bytes:
+            stream.budget_bytes = budget_bytes
+            return present
+    return None
+
+
 def choose_plan(
     stream: ModelStream,
     settings: StreamingSettings,

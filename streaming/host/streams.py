@@ -87,6 +87,8 @@ class ModelStream:
     family: Family
     root: str = ROOT
     """The module of the model that holds its units; "" for a text encoder or an autoencoder, which is all units."""
+    keeps_copies: bool = False
+    """Whether it comes back to the card at link speed once it has left it."""
     is_shelved: bool = False
     """Whether what is on the card keeps a page-locked copy on the host."""
     moves: Moves = field(default_factory=Moves)
@@ -195,6 +197,11 @@ class ModelStream:
         self.is_shelved = True
         if self._session is not None:
             self._session.shelve()
+
+    def note_leaving(self) -> None:
+        """Take note that what was on the card has left it, in part or as a whole."""
+        if self.keeps_copies:
+            self.shelve()
 
     @contextmanager
     def moving(self) -> Iterator[None]:

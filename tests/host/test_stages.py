@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import pytest
 import torch
+from layerstream.streaming.engine.session import Session
+from layerstream.streaming.host.budget import Budget
+from layerstream.streaming.host.govern import govern
+from layerstream.streaming.host.leaving import make_leave
+from layerstream.streaming.host.policy import PolicySettings
+from layerstream.streaming.host.settings import GIB
 
 from governed import Results, Workflow, governed, held_bytes, make_parts
 from streamed import on_simulated_card
@@ -97,6 +104,46 @@ def test_what_left_keeps_its_pages_locked_and_is_in_memory_once(parts, sample):
     workflow.sample()
     assert held_bytes(workflow.clip.patcher) == 0
     assert {name: tensor.data_ptr() for name, tensor in parts.clip.cond_stage_model.state_dict().items()} == homes
+
+
+def test_parts_that_have_room_beside_each_other_lock_no_pages_until_one_leaves(parts, expected, sample):
+    workflow = governed(parts, sample, mode="auto")
+    device = workflow.model.stream.device
+    assert equal(workflow.run(), expected)
+    assert workflow.on_card() == {MODEL, CLIP, VAE}
+    assert device.locked_bytes == 0
+    clip_bytes = held_bytes(workflow.clip.patcher)
+    assert make_leave(workflow.clip.patcher.stream, None) == clip_bytes
+    assert equal(workflow.run(), expected)
+    locked = device.locked_bytes
+    assert 0.9 * clip_bytes <= locked <= workflow.clip.patcher.model_size(), "of another part too, or of none"
+    make_leave(workflow.clip.patcher.stream, None)
+    assert equal(workflow.run(), expected)
+    assert device.locked_bytes == locked, "locked again"
+
+
+def test_parts_that_stay_are_neither_planned_for_nor_loaded_again(monkeypatch, parts, expected, sample):
+    workflow = governed(parts, sample, mode="auto")
+    workflow.run()
+    for name in ("propose", "_load_blocks"):
+        monkeypatch.setattr(Session, name, lambda *args, **kwargs: pytest.fail("not needed"))
+    assert equal(workflow.run(), expected)
+
+
+@pytest.mark.parametrize("bound", ["card", "budget"])
+@pytest.mark.parametrize(("share", "is_shelved"), [(1.1, False), (0.9, True)], ids=["room for all", "not for all"])
+def test_parts_that_have_no_room_beside_each_other_keep_copies_at_once(
+    monkeypatch, parts, sample, bound, share, is_shelved
+):
+    monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: 0)
+    patchers = (parts.model, parts.clip.patcher, parts.vae.patcher)
+    room_gib = share * sum(patcher.model_size() for patcher in patchers) / GIB
+    if bound == "card":
+        on_simulated_card(monkeypatch, size_gib=room_gib)
+    budget = Budget(vram_gib=room_gib) if bound == "budget" else None
+    workflow = Workflow(govern(parts, PolicySettings(mode="auto"), budget), sample)
+    streams = [patcher.stream for patcher in (workflow.model, workflow.clip.patcher, workflow.vae.patcher)]
+    assert [stream.is_shelved for stream in streams] == [is_shelved] * 3
 
 
 def test_two_sampler_passes_and_a_second_model(parts, load, sample):
