@@ -130,8 +130,7 @@ def _gaps(compute: Sequence[Work], work: Sequence[Work], window: Span) -> dict[s
     for item in compute:
         if item.begin_us - reached > GAP_US:
             span = Span(reached, item.begin_us)
-            asked_us = span.begin_us if item.asked_us is None else item.asked_us
-            asked_us = min(max(asked_us, span.begin_us), span.end_us)
+            asked_us = min(max(item.asked_us or 0.0, span.begin_us), span.end_us)
             gaps.append(
                 {
                     "at_ms": (span.begin_us - window.begin_us) / 1e3,

@@ -1,7 +1,7 @@
 """Runs every check and test of this repository and sums them up.
 
 The static checks and the tests of the engine, the formats and the benchmarks run once; those of the host and those in a
-browser run once for each ComfyUI. All have processes of their own, two at a time: each keeps to one processor.
+browser run once for each ComfyUI. Tests run in processes of their own, two at a time: each keeps to one processor.
 ComfyUI 0.3.75 out of the wheel is always among them. Ends with the line `N passed, N failed` (and `, N skipped`).
 """
 
@@ -29,7 +29,6 @@ FORMATS_TESTS = "tests/formats"
 BENCH_TESTS = "tests/bench"
 HOST_TESTS = "tests/host"
 BROWSER_TESTS = "tests/browser"
-TYPES = ("--config-file", str(ROOT / "pyproject.toml"))
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Has glibc take memory in large pages. On a processor a layer's weights are cast into memory that was just taken, and
 clearing its pages one by one took the system longer than the layer took."""
@@ -67,8 +66,7 @@ def main() -> None:
     runs += [partial(run_tests, "bench", BENCH_TESTS, all_named), partial(run_tests, "engine", ENGINE_TESTS, {})]
     runs += [partial(run_tests, f"browser {host.version}", BROWSER_TESTS, named[host]) for host in hosts]
     runs.append(partial(run_tests, "formats", FORMATS_TESTS, {}))
-    outcomes = [check("ruff", ["ruff", "check", "."])]
-    outcomes += side_by_side([*runs, check_pack_types, check_script_types])
+    outcomes = [check("ruff", ["ruff", "check", "."]), *check_types(), *side_by_side(runs)]
     sys.exit(summarise(outcomes))
 
 
@@ -108,20 +106,19 @@ def check(name: str, arguments: list[str], environment: Mapping[str, str] | None
     return Outcome(name, int(passed), int(not passed), 0, time.monotonic() - begin)
 
 
-def check_pack_types() -> Outcome:
-    """Check the pack's packages as parts of `layerstream`: their relative imports cross them."""
+def check_types() -> list[Outcome]:
+    """Check the pack's packages as parts of `layerstream`, whose relative imports cross them, and the scripts apart."""
     TYPE_CHECK.mkdir(parents=True, exist_ok=True)
     package = TYPE_CHECK / "layerstream"
     if not package.is_symlink():
         package.symlink_to(ROOT, target_is_directory=True)
-    packages = [argument for name in PACK_PACKAGES for argument in ("-p", f"layerstream.{name}")]
-    return check("mypy pack", ["mypy", *TYPES, *packages], {"MYPYPATH": str(TYPE_CHECK)})
-
-
-def check_script_types() -> Outcome:
-    """Check the scripts and the benchmarks, with results of their own: the pack's may be checked meanwhile."""
-    cache = str(TYPE_CHECK / "of-scripts")
-    return check("mypy scripts", ["mypy", *TYPES, "--cache-dir", cache, *SCRIPT_PACKAGES])
+    configuration = ["--config-file", str(ROOT / "pyproject.toml")]
+    pack = [argument for name in PACK_PACKAGES for argument in ("-p", f"layerstream.{name}")]
+    scripts = [name for name in SCRIPT_PACKAGES if (ROOT / name).is_dir()]
+    return [
+        check("mypy pack", ["mypy", *configuration, *pack], {"MYPYPATH": str(TYPE_CHECK)}),
+        check("mypy scripts", ["mypy", *configuration, *scripts]),
+    ]
 
 
 def run_tests(name: str, folder: str, environment: Mapping[str, str]) -> Outcome:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-# Smaller copies travel with the command that asks for them and pass all others.
+# Smaller copies out of memory that is not page-locked pass those in line: measured, 64 KiB did and 68 did not.
 STANDING_IN_LINE_BYTES = 64 * 1024
 
 
 def bring_conditioning(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
     """SAMPLER_SAMPLE: have the conditioning of a run whose model streams on the card, for as long as the run lasts."""
-    patcher: Any = getattr(guider, "model_patcher", None)
+    patcher = guider.model_patcher
     stream = getattr(patcher, "stream", None)
     if stream is not None and stream.is_streaming:
         guider.conds = {

@@ -34,6 +34,7 @@ SAMPLED = (
     "cascade-c",
 )
 CLOSE = 0.02
+MIB = 1024**2
 
 
 def real_peak(work: dryrun.Work) -> int:
@@ -55,9 +56,6 @@ def test_decoding_and_encoding(side):
         vae = tiny_vae()
     assert_close(dryrun.decode(vae, (1, 4, side, side)))
     assert_close(dryrun.encode(vae, (1, 3, 8 * side, 8 * side)))
-
-
-MIB = 1024**2
 
 
 @pytest.mark.parametrize(
