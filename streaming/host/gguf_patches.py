@@ -69,8 +69,7 @@ class GgufStreamingModelPatcher(GgufPatches, StreamingModelPatcher):
     """A model of GGUF weights that streams."""
 
     def load(self, *arguments: Any, **options: Any) -> None:
-        functions = (function for added in self.weight_wrapper_patches.values() for function in added)
-        lock([function for function in functions if isinstance(function, RunTimePatch)], self.stream.device)
+        lock(self.applied_patches, self.stream.device)
         super().load(*arguments, **options)
 
 

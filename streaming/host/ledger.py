@@ -10,13 +10,15 @@ model from these; our device memory is held by the model's parameters alone and 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from comfy.model_patcher import move_weight_functions, wipe_lowvram_weight
+import torch
+from comfy.model_patcher import wipe_lowvram_weight
 
 from .casting import FLAG
 from .patched import LAYER_WEIGHTS, Backup, patched_modules
+from .run_time_patches import RunTimePatch
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
@@ -57,7 +59,7 @@ def write_ledger(patcher: StreamingModelPatcher) -> None:
             functions = ([at_run_time] if at_run_time else []) + patcher.weight_wrapper_patches.get(key, [])
             if functions:
                 getattr(module, f"{kind}_function").extend(functions)
-        move_weight_functions(module, patcher.load_device)
+                _follow(functions, patcher.load_device)
     stream.casting.arm(model, session.parts, session.moving_modules(), always=patcher.force_cast_weights)
     model.model_lowvram = True
     model.lowvram_patch_counter = len(patcher.run_time_patches)
@@ -65,3 +67,10 @@ def write_ledger(patcher: StreamingModelPatcher) -> None:
     model.current_weight_patches_uuid = stream.load_id
     stream.tell_loaded()
     stream.ledger_key = _written_for(patcher)
+
+
+def _follow(functions: Iterable[Any], device: torch.device) -> None:
+    """Have what layers apply come to where the model runs, as ComfyUI does; of our own patches `bring` knows."""
+    for function in functions:
+        if hasattr(function, "move_to") and not isinstance(function, RunTimePatch):
+            function.move_to(device=device)

@@ -63,7 +63,7 @@ class Observer:
         is_new = plan is not known.plan or times is not known.times or is_in_place != known.is_in_place
         # Residents come and go between runs and with plans only.
         if is_new or not (is_in_run and known.is_in_run):
-            known.resident_bytes = session.resident_bytes if is_in_place else 0
+            known.resident_bytes = stream.held_bytes
         if is_new:
             known.letters = "".join(LETTERS[form] for form in plan.forms) if plan else ""
             known.version += 1

@@ -34,7 +34,7 @@ from .ledger import keep_ledger, write_ledger
 from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
 from .patched import baked, is_patched_when_read, patch_key
 from .planning import choose_plan, kept_whole, least_left, least_streamed_bytes
-from .run_time_patches import RunTimePatch, decide
+from .run_time_patches import RunTimePatch, bring, decide
 from .settings import GIB, Mode, StreamingSettings
 from .streams import ModelStream, stream_for
 from .summary import summary
@@ -119,11 +119,14 @@ class StreamingModelPatcher(ModelPatcher):
     # -- what the memory manager asks ----------------------------------------------------------------------------
 
     def loaded_size(self) -> int:
-        """Bytes this model holds on the card now, ring included."""
-        if not self.stream.is_in_place:
-            return super().loaded_size()
-        session = self.stream.session
-        return session.resident_bytes + session.ring_bytes
+        """Bytes this model holds on the card now, patches and ring included."""
+        return self.held_bytes if self.stream.is_in_place else super().loaded_size()
+
+    @property
+    def held_bytes(self) -> int:
+        """The same of what streaming holds: nothing while somebody else has loaded the model."""
+        stream = self.stream
+        return stream.held_bytes + stream.session.ring_bytes if stream.is_in_place else 0
 
     def get_free_memory(self, device: torch.device) -> float:
         """Bytes that compute can take, by which ComfyUI decides whether conditional and unconditional fit in one batch.
@@ -157,6 +160,7 @@ class StreamingModelPatcher(ModelPatcher):
             if not force_patch_weights:
                 stream.run_time = decide(self)
             allowed = float("inf") if full_load else lowvram_model_memory
+            bring(self, allowed)
             plan = self._choose(allowed)
             fresh = plan is not session.plan or not stream.is_in_place
             self._load_rest(device_to)
@@ -184,8 +188,7 @@ class StreamingModelPatcher(ModelPatcher):
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             if self._is_running and self._is_current:
                 return 0
-            held = self.loaded_size() if self.stream.is_in_place else 0
-            before = self.loaded_size()
+            held, before = self.held_bytes, self.loaded_size()
             super().unpatch_model(self.offload_device, unpatch_weights=False)  # object patches of the last load
             self.patch_model(load_weights=False)
             try:
@@ -206,6 +209,7 @@ class StreamingModelPatcher(ModelPatcher):
             return
         if self.stream.is_open:
             self.stream.session.forget()
+        self.stream.leave_patches()
         is_dynamic = getattr(self.source, "is_dynamic", lambda: False)()
         if is_dynamic:
             # A dynamic patcher keeps copies in page-locked memory and switches casting on for good.
@@ -258,11 +262,10 @@ class StreamingModelPatcher(ModelPatcher):
             self.patch_hooks(hooks)
 
     def _choose(self, allowed_bytes: float) -> Plan:
-        held_bytes = self.loaded_size() if self.stream.is_in_place else 0
-        settings = within(self.settings, self.stream)
-        plan = kept_whole(self.stream, settings, allowed_bytes, held_bytes)
+        stream, settings, held_bytes = self.stream, within(self.settings, self.stream), self.held_bytes
+        plan = kept_whole(stream, settings, allowed_bytes, held_bytes)
         if plan is None:
-            plan = choose_plan(self.stream, settings, allowed_bytes, held_bytes, self._packing(), self._unpacked())
+            plan = choose_plan(stream, settings, allowed_bytes, held_bytes, self._packing(), self._unpacked())
         return plan
 
     def _packing(self) -> Packing:
@@ -302,6 +305,13 @@ class StreamingModelPatcher(ModelPatcher):
         """The patches that are applied as their layer runs, by weight. Others are baked, and for readers all are."""
         run_time = None if self._is_to_be_read else self.stream.run_time
         return run_time.by_key if run_time else {}
+
+    @property
+    def applied_patches(self) -> list[RunTimePatch]:
+        """All patches that layers apply as they run, those of GGUF weights too."""
+        wrappers = [function for functions in self.weight_wrapper_patches.values() for function in functions]
+        own = [function for function in wrappers if isinstance(function, RunTimePatch)]
+        return [*self.run_time_patches.values(), *own]
 
     def _load_rest(self, device_to: torch.device | None) -> None:
         """Move what is not part of the diffusion model (sampling tables and the like), patched, as ComfyUI does."""
@@ -388,6 +398,7 @@ class StreamingModelPatcher(ModelPatcher):
             self.unpatch_hooks()
             with self.stream.moving():
                 self.stream.session.unload()
+            self.stream.leave_patches()
             self.stream.note_leaving()
             self.stream.load_id = None
         super().unpatch_model(device_to, unpatch_weights)

@@ -21,10 +21,9 @@ from .streams import ModelStream, Way
 
 logger = logging.getLogger("layerstream")
 
-# A plan that still fits is kept unless a new one takes this much less time a step, and more where it was made from
-# measured times itself, or, while nothing was timed, keeps this much more of the model on the card.
+# A plan that still fits is kept unless a new one takes this much less time a step, or, while nothing was timed, keeps
+# this much more of the model on the card. Times that plans are made by are the best seen, so they settle.
 WORTH_IN_TIME = 0.015
-WORTH_IN_TIME_AGAIN = 0.03
 WORTH_IN_SIZE = 0.02
 
 # Or where the new one has the link busy for so much less of a step: copies take of the processor what is not foreseen.
@@ -44,7 +43,7 @@ def kept_whole(stream: ModelStream, settings: StreamingSettings, allowed_bytes: 
         return None
     for _, budget_bytes in _budgets(stream, settings, allowed_bytes, held_bytes):
         if present.device_bytes <= budget_bytes:
-            stream.budget_bytes = budget_bytes
+            stream.budget_bytes = budget_bytes + stream.patch_bytes
             return present
     return None
 
@@ -94,7 +93,7 @@ def choose_plan(
     is_asked_for = stream.settings == (settings, packing)
     if present is not None and any(form.is_packed and index in unpacked for index, form in enumerate(present.forms)):
         return plan  # the model itself must hold these blocks' patched weights now
-    stream.settings, stream.budget_bytes = (settings, packing), budget_bytes
+    stream.settings, stream.budget_bytes = (settings, packing), budget_bytes + stream.patch_bytes
     if present is None or present == plan:
         return present or plan
     return present if is_asked_for and _does(stream, settings, present, plan, budget_bytes) else plan
@@ -111,8 +110,7 @@ def _does(stream: ModelStream, settings: StreamingSettings, present: Plan, plan:
         return False
     now = stream.session.expect(present)
     if now is not None and plan.expected is not None:
-        worth = WORTH_IN_TIME if present.expected is None else WORTH_IN_TIME_AGAIN
-        is_faster = plan.expected.step_ms <= (1 - worth) * now.step_ms
+        is_faster = plan.expected.step_ms <= (1 - WORTH_IN_TIME) * now.step_ms
         is_lighter = plan.expected.link_ms <= now.link_ms - WORTH_IN_TRAFFIC * now.step_ms
         return not (is_faster or is_lighter)
     return plan.resident_bytes - present.resident_bytes < WORTH_IN_SIZE * total_bytes
@@ -122,25 +120,35 @@ def _budgets(
     stream: ModelStream, settings: StreamingSettings, allowed_bytes: float, held_bytes: int
 ) -> Iterator[tuple[Way, int]]:
     """For each way to run, the bytes that weights and rings may take: the person's figure, or what is free less what
-    compute needs.
+    compute needs, and less what patches take.
 
     Once a run of the same kind has shown what fits beside its compute, ComfyUI's estimate is not needed, as long as no
     more is in the way than then; but it is what ComfyUI goes by where we are not asked whether a batch fits.
     """
     free_bytes = stream.device.free_bytes() + held_bytes
+    patch_bytes = stream.patch_bytes
     for way in stream.ways:
         if settings.is_explicit:
-            yield way, settings.budget_bytes(free_bytes, allowed_bytes, 0)
+            yield way, settings.budget_bytes(free_bytes, allowed_bytes, 0) - patch_bytes
             return
         if stream.fitting_bytes is None:
-            yield way, settings.budget_bytes(free_bytes, allowed_bytes, way.reserve_bytes)
+            yield way, settings.budget_bytes(free_bytes, allowed_bytes, way.reserve_bytes) - patch_bytes
             continue
         fitting_bytes = min(stream.fitting_bytes, free_bytes - stream.compute_bytes) - least_left(settings)
         if way.is_batch and not stream.is_batch_sure:
             fitting_bytes = min(fitting_bytes, free_bytes - way.reserve_bytes)
-        yield way, fitting_bytes
+        yield way, fitting_bytes - patch_bytes
         if stream.is_batch_sure:
             return
+
+
+def has_room_beside(
+    stream: ModelStream, settings: StreamingSettings, allowed_bytes: float, held_bytes: int, size_bytes: int
+) -> bool:
+    """Whether the model can run beside `size_bytes` of patches; the other figures are as `choose_plan` has them."""
+    least = stream.session.propose(None, prefetch=settings.prefetch_blocks or 1, stream_all=True)
+    budgets = _budgets(stream, settings, allowed_bytes, held_bytes)
+    return any(least.device_bytes + size_bytes <= budget_bytes + stream.patch_bytes for _, budget_bytes in budgets)
 
 
 def least_streamed_bytes(stream: ModelStream, settings: StreamingSettings) -> int:
@@ -149,7 +157,7 @@ def least_streamed_bytes(stream: ModelStream, settings: StreamingSettings) -> in
     if settings.mode is Mode.ALWAYS:
         return total_bytes
     free_bytes = stream.device.free_bytes() + stream.held_bytes
-    return max(0, total_bytes - max(0, settings.budget_bytes(free_bytes, math.inf, 0)))
+    return max(0, total_bytes - max(0, settings.budget_bytes(free_bytes, math.inf, 0) - stream.patch_bytes))
 
 
 def least_left(settings: StreamingSettings) -> int:

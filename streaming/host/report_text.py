@@ -60,6 +60,8 @@ def _session_lines(session: dict[str, Any]) -> Iterator[Line]:
         yield Line("ring", _gib(session["ring_bytes"]))
     if session["in_file_bytes_per_step"]:
         yield Line("read from its file", f"{_gib(session['in_file_bytes_per_step'])} a pass: RAM is short")
+    if session["patch_bytes"]:
+        yield Line("patches on card", f"{_gib(session['patch_bytes'])}, applied as layers run")
     if session["run_time_patches"]:
         yield Line("patched as run", f"{session['run_time_patches']} weights: RAM was short for patched ones")
     yield Line("counted", ", ".join(f"{session[name]} {name.replace('_', ' ')}" for name in COUNTS))

@@ -1,8 +1,9 @@
 """Patches that are applied whenever their layer runs, by the arithmetic of ComfyUI's low-memory way.
 
 In: a streaming patcher about to load. Out: which of its patches are applied so, because baking them into the weights
-would take more RAM than there is. What they hold lies in page-locked memory, so that it crosses the link at its full
-speed. Layers that ComfyUI gives no way to patch as they run are always baked, as it does.
+would take more RAM than there is. What they hold is on the card while the model is loaded, where there is room for it:
+copied for each layer, it stands in line behind all weights on their way, and compute waits for both. Otherwise it lies
+in page-locked memory. Layers that ComfyUI gives no way to patch as they run are always baked, as it does.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from comfy.model_patcher import LowVramPatch, get_key_weight
 
 from ..engine.device import Device
 from ..engine.moving import cut_of, is_block_mapped
-from ..engine.store import Slab
 from .budget import host_memory, within
 from .casting import FLAG
-from .locked_patches import page_locked
+from .locked_patches import Locked, page_locked
 from .patched import LAYER_WEIGHTS
-from .planning import least_streamed_bytes
+from .planning import has_room_beside, least_streamed_bytes
 from .settings import GIB, Patching
 from .streams import is_mapped
 
@@ -37,8 +39,40 @@ LITTLE_BYTES = 1 * GIB
 class RunTimePatch(LowVramPatch):
     """The patches of one weight."""
 
-    slab: Slab | None = None
-    """Page-locked memory that its tensors lie in, with those of other patches; None where they are as they came."""
+    locked: Locked | None = None
+    """Page-locked memory that its tensors lie in; None where they are as they came."""
+    _on_card: LowVramPatch | None = None
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return super().__call__(weight) if self._on_card is None else self._on_card(weight)
+
+    @property
+    def locked_bytes(self) -> int:
+        return self.locked.stored.nbytes if self.locked is not None else 0
+
+    @property
+    def card_bytes(self) -> int:
+        """Bytes of the card that it takes."""
+        return self.locked_bytes if self._on_card is not None else 0
+
+    def bring(self, memory: torch.Tensor) -> None:
+        """Have its tensors on the card too, in `memory`, uint8 [locked_bytes]."""
+        assert self.locked is not None
+        held = {self.key: self.locked.on_card(memory)}
+        self._on_card = LowVramPatch(self.key, held, self.convert_func, self.set_func)
+
+    def leave(self) -> None:
+        """Give back what it takes of the card."""
+        self._on_card = None
+
+    def move_to(self, device: torch.device) -> int:
+        """ComfyUI has what layers apply follow them: off the card, to which only `bring` knows what has room.
+
+        Gives the bytes that came to the card.
+        """
+        if device.type == "cpu":
+            self.leave()
+        return 0
 
 
 def lock(patches: Sequence[RunTimePatch], device: Device) -> None:
@@ -46,12 +80,35 @@ def lock(patches: Sequence[RunTimePatch], device: Device) -> None:
 
     A merge's hold another model, for which there may be no room once more.
     """
-    fresh = [patch for patch in patches if patch.slab is None]
+    fresh = [patch for patch in patches if patch.locked is None]
     most_bytes = max(LITTLE_BYTES, host_memory().room_for_copies())
-    locked = page_locked([patch.patches[patch.key] for patch in fresh], device, host_memory(), most_bytes)
-    if locked is not None:
-        for patch, values in zip(fresh, locked.values, strict=True):
-            patch.patches[patch.key], patch.slab = values, locked.slab
+    found = page_locked([patch.patches[patch.key] for patch in fresh], device, host_memory(), most_bytes)
+    if found is not None:
+        for patch, locked in zip(fresh, found, strict=True):
+            patch.patches[patch.key], patch.locked = locked.value, locked
+
+
+def bring(patcher: StreamingModelPatcher, allowed_bytes: float) -> None:
+    """Have the patches of `patcher` that its layers apply on the card, those of no other, where a plan has room beside
+    them; `allowed_bytes` is what ComfyUI grants.
+    """
+    stream = patcher.stream
+    wanted = tuple(patch for patch in patcher.applied_patches if patch.locked_bytes)
+    is_there = wanted == stream.brought and all(patch.card_bytes for patch in wanted)
+    size_bytes = sum(patch.locked_bytes for patch in wanted)
+    settings = within(patcher.settings, stream)
+    if not wanted or not has_room_beside(stream, settings, allowed_bytes, patcher.held_bytes, size_bytes):
+        stream.leave_patches()
+    elif not is_there:
+        stream.leave_patches()
+        lacking_bytes = size_bytes - stream.device.free_bytes()
+        if lacking_bytes > 0 and stream.is_in_place:
+            stream.session.evict(lacking_bytes)  # weights, which the plan will not keep beside them
+        with suppress(torch.OutOfMemoryError):
+            memory = stream.device.allocate(size_bytes)
+            for patch, piece in zip(wanted, memory.split([patch.locked_bytes for patch in wanted]), strict=True):
+                patch.bring(piece)
+            stream.brought = wanted
 
 
 class RunTimePatches(NamedTuple):

@@ -37,7 +37,7 @@ from .restraint import FREE, Restraint
 from .settings import Patching, StreamingSettings
 
 if TYPE_CHECKING:
-    from .run_time_patches import RunTimePatches
+    from .run_time_patches import RunTimePatch, RunTimePatches
 
 ROOT = "diffusion_model"
 
@@ -109,12 +109,13 @@ class ModelStream:
     whole_batch: int = 1
     """What they have where nothing is split."""
     budget_bytes: int = 0
+    """What weights, patches and ring may take of the card."""
     settings: tuple[StreamingSettings, Packing] | None = None
     """What the plan in place was made for."""
     shape: Hashable = None
     """What kind of run it is: its latent's shape, what is estimated for it, whether it is guided and by what."""
     fitting_bytes: int | None = None
-    """What weights and ring can take on the card in a run of this shape, as seen in one; None until then."""
+    """What weights, patches and ring can take on the card in a run of this shape, as seen in one; None until then."""
     compute_bytes: int = 0
     """What compute took of the card beside them at its peak."""
     measured: dict[Hashable, Measured] = field(default_factory=dict)
@@ -123,6 +124,8 @@ class ModelStream:
     """Whether RAM had no room for slabs of what streams when it was last asked."""
     run_time: RunTimePatches | None = None
     """Which patches are applied as their layer runs, as it was decided at the last load."""
+    brought: tuple[RunTimePatch, ...] = ()
+    """The patches that were brought to the card; whoever else unloads the model has them leave it."""
     without_room: set[tuple[uuid.UUID, Patching]] = field(default_factory=set)
     """The sets of patches that RAM once had no room to bake."""
     casting: CastSwitch = field(default_factory=CastSwitch)
@@ -144,7 +147,7 @@ class ModelStream:
 
     def tell_loaded(self) -> None:
         """Tell ComfyUI what the model has on the card now."""
-        self.told_bytes = self.session.resident_bytes
+        self.told_bytes = self.session.resident_bytes + self.patch_bytes
         self.model.model_loaded_weight_memory = self.told_bytes  # type: ignore[assignment]
 
     @property
@@ -185,8 +188,19 @@ class ModelStream:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the card that weights take now, the ring not counted."""
-        return self.session.resident_bytes if self.is_in_place else 0
+        """Bytes of the card that weights and patches take now, the ring not counted."""
+        return self.session.resident_bytes + self.patch_bytes if self.is_in_place else 0
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of the card that patches take."""
+        return sum(patch.card_bytes for patch in self.brought)
+
+    def leave_patches(self) -> None:
+        """Have patches give back what they take of the card."""
+        for patch in self.brought:
+            patch.leave()
+        self.brought = ()
 
     def key(self, name: str) -> str:
         """A weight's name in the model's state dict, from its name in the root."""
@@ -255,9 +269,9 @@ class ModelStream:
         return True
 
     def note_fitting(self) -> int:
-        """Note what weights and ring may take by what is free now, before compute; give what is left beside it."""
+        """Note what weights, patches and ring may take by what is free now, before compute; give what is left."""
         left_bytes = self.device.unused_bytes() - self.compute_bytes
-        self.fitting_bytes = self.session.resident_bytes + self.session.ring_bytes + left_bytes
+        self.fitting_bytes = self.session.resident_bytes + self.session.ring_bytes + self.patch_bytes + left_bytes
         return left_bytes
 
     def has_room_for_packed(self) -> bool:

@@ -40,6 +40,7 @@ def report(stream: ModelStream) -> dict[str, Any]:
         "is_packed": session.is_packed if plan else None,
         "in_file_bytes_per_step": session.in_file_bytes if plan else None,
         "run_time_patches": len(stream.run_time.by_key) if stream.run_time else 0,
+        "patch_bytes": stream.patch_bytes,
         "moved_bytes_per_step": meter.last.moved_bytes if meter.passes else None,
         "ring_bytes": plan.ring_bytes + plan.scratch_bytes if plan else None,
         "link_bytes_per_step": session.link_bytes if plan else None,

@@ -132,14 +132,61 @@ def test_nothing_is_loaded_again_for_them(monkeypatch, load, sample, kept, is_pa
     plain = sample(model)
     streamed = at_run_time(model, kept)
     assert torch.equal(sample(streamed), plain) and streamed.stream.session.is_packed == is_packed
+    # The first may take the place of weights on the card.
+    assert torch.equal(sample(apply(streamed, first, 1.0)), expected[0])
     # Held, so that nothing new can lie where something old was.
     before = model.model.diffusion_model.state_dict()
     for _ in range(2):
         for (lora, strength), result in zip(branches, expected, strict=True):
             assert torch.equal(sample(apply(streamed, lora, strength)), result)
-    assert torch.equal(sample(streamed), plain)
     weights = model.model.diffusion_model.state_dict()
     assert all(tensor.data_ptr() == before[name].data_ptr() for name, tensor in weights.items())
+    assert torch.equal(sample(streamed), plain)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_they_are_on_the_card_within_the_budget_while_their_model_is(card, load, sample, kept):
+    model = load("zimage", size="tiny")
+    lora = make_lora(model, seed=1)
+    expected, plain = sample(on_low_memory(apply(model, lora, 0.8))), sample(model)
+    streamed = at_run_time(model, kept)
+    device, budget_bytes = streamed.stream.device, int(streamed.settings.vram_gib * GIB) or model.model_size()
+    sample(streamed)
+    without_bytes = streamed.loaded_size()
+    patched = apply(streamed, lora, 0.8)
+    assert torch.equal(sample(patched), expected)
+    lora_bytes = sum(tensor.nbytes for tensor in lora.values())
+    assert patched.streaming_report()["patch_bytes"] >= lora_bytes
+    assert patched.loaded_size() == device.taken_bytes() <= budget_bytes + lora_bytes * (kept == 1.0)
+    assert torch.equal(sample(streamed), plain)
+    assert streamed.stream.patch_bytes == 0 and streamed.loaded_size() == without_bytes
+    for leave in (patched.detach, lambda: sample(model)):  # ComfyUI's own patcher takes the model over
+        assert torch.equal(sample(patched), expected) and patched.stream.patch_bytes
+        leave()
+        assert patched.stream.patch_bytes == device.taken_bytes() == 0
+
+
+def test_they_stay_in_ram_where_the_card_has_no_room_beside_what_streams(card, load, sample):
+    model = load("flux", size="tiny")
+    lora = make_lora(model, seed=1)
+    expected = sample(on_low_memory(apply(model, lora, 0.8)))
+    streamed = at_run_time(model, 1e-6)  # of the budget nothing is left but for rings
+    patched = apply(streamed, lora, 0.8)
+    assert torch.equal(sample(patched), expected)
+    assert patched.streaming_report()["run_time_patches"] and patched.stream.patch_bytes == 0
+
+
+def test_weights_make_way_for_them_on_a_full_card(card, load, sample, monkeypatch):
+    model = load("flux", size="tiny")
+    lora = make_lora(model, seed=1)
+    expected = sample(on_low_memory(apply(model, lora, 0.8)))
+    streamed = at_run_time(model, 0.5)
+    sample(streamed)
+    device = streamed.stream.device
+    full_bytes = device.taken_bytes() + streamed.stream.session.plan.ring_bytes
+    monkeypatch.setattr(device, "budget_bytes", full_bytes)
+    patched = apply(streamed, lora, 0.8)
+    assert torch.equal(sample(patched), expected) and patched.stream.patch_bytes
 
 
 def test_they_survive_faults(card, load, sample):
