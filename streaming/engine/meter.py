@@ -1,8 +1,8 @@
 """Counters and timings of a stream of passes.
 
 In: what the pipeline does, as it does it. Out: readings. Every pass is counted. Some passes are timed: the second and
-third under a plan, when everything that happens once has happened, and every so often after them. Their events are read
-when they are long past, so that measuring never waits for anything unless asked to.
+third under a plan whose times are wanted, when everything that happens once has happened; under any other the second;
+and every so often after them. Events are read when they are long past; only those that are wanted are waited for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from .device import Device, Event, Stream
 from .forecast import Rates
 
-# Passes under a plan before the first one that is timed, those timed then, and of how many one is timed later.
+# Passes under a plan before the first one that is timed, those timed then at once, and of how many one is timed later.
 WARMUP_PASSES = 1
 FIRST_TIMED = 2
 TIMED_EVERY = 16
@@ -131,6 +131,7 @@ class Meter:
         self.rates: Rates | None = None
         self.is_timing = False
         self._passes_of_plan = 0
+        self._first_timed = FIRST_TIMED
         self._visits: list[Visit] = []
         self._copies: list[Transfer] = []
         self._restores: list[Transfer] = []
@@ -145,8 +146,8 @@ class Meter:
         """Begin a pass, which ends the timing of the one before; decide whether this one is timed."""
         self.close_trace(compute)
         place = self._passes_of_plan - WARMUP_PASSES
-        self.collect(wait=0 < place < FIRST_TIMED)
-        self.is_timing = (0 <= place < FIRST_TIMED or place % TIMED_EVERY == 0) and not self._is_closed
+        self.collect(wait=0 < place < self._first_timed)
+        self.is_timing = (0 <= place < self._first_timed or place % TIMED_EVERY == 0) and not self._is_closed
         if self.is_timing:
             self._is_open = True
             self._begun.record(compute)
@@ -188,9 +189,12 @@ class Meter:
         self.current = PassCounts()
         self.is_timing = False
 
-    def begin_plan(self) -> None:
-        """Start over with a new plan; what was measured under the old one stays until this one is measured."""
+    def begin_plan(self, is_known: bool) -> None:
+        """Start over with a new plan; what was measured under the old one stays until this one is measured, which is
+        for later where it is known what passes take.
+        """
         self._passes_of_plan = 0
+        self._first_timed = 0 if is_known else FIRST_TIMED
         self._drop_trace()
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ class Meter:
     @property
     def is_due(self) -> bool:
         """True when the first timed passes of a plan have run and the last of them was not read."""
-        return self._is_open and self._passes_of_plan == WARMUP_PASSES + FIRST_TIMED
+        return self._is_open and self._passes_of_plan == WARMUP_PASSES + self._first_timed
 
     def close_trace(self, compute: Stream) -> None:
         """End the timing of the last timed pass: another one begins, or none follows."""
@@ -249,9 +253,9 @@ class Meter:
         self._note_rates(times)
 
     def take_times(self, times: PassTimes | None) -> None:
-        """Take note that passes take other times from now on, `times` if they are known; the first ones are timed."""
+        """Take note that passes take other times from now on, `times` if they are known."""
         self.best = times
-        self.begin_plan()
+        self.begin_plan(times is not None)
 
     def _note_rates(self, times: PassTimes) -> None:
         """Work out `rates`; what this pass did not show is as before, or as assumed."""

@@ -84,6 +84,7 @@ class Session:
         self._marks: Marks | None = None
         self._weighed: PassTimes | None = None
         self._planned_ms: float | None = None
+        self._is_measured = False
         self._moving: dict[int, MovingBlock] = {}
         self._evicted: set[int] = set()
         self._rings: tuple[Ring, Ring] | None = None
@@ -254,6 +255,7 @@ class Session:
         is_there = plan == self.plan and marks == self._marks and not self._evicted
         if is_there and not afresh and plan.is_resident and not self.host_bytes:
             return False  # nor has host memory anything to give up
+        was_in_run = self.is_in_run
         self.end_run()
         previous, old, evicted = self.plan, self._marks, set(self._evicted)
         self.plan = self._marks = None
@@ -293,9 +295,13 @@ class Session:
             self._loader.finish()
         self.plan, self._marks = plan, marks
         self._evicted.clear()
+        # Between runs all that was measured is behind the choice of a plan. One that is made inside a run is measured
+        # once more, since it was made by the first times.
+        is_known = self._is_measured and not was_in_run
         if previous != plan:
-            self.meter.begin_plan()
-            self._planned_ms, self._weighed = None, self.meter.best
+            self.meter.begin_plan(is_known)
+        if is_known or previous != plan:
+            self._begin_measuring(is_known)
         progress(self.total_bytes, self.total_bytes)
         return bool(stale) or is_outside_stale
 
@@ -419,7 +425,7 @@ class Session:
         self._weighed = best
         if self._planned_ms is not None and best.busy_ms > FAR_LESS * self._planned_ms:
             return False
-        self._planned_ms = best.busy_ms
+        self._planned_ms, self._is_measured = best.busy_ms, True
         return True
 
     @property
@@ -430,10 +436,17 @@ class Session:
     def take_times(self, times: PassTimes | None) -> None:
         """Take note that passes take other times from now on: those of an earlier run, or None if they are not known.
 
-        Either way the next are measured as the first were.
+        Then the next are measured as the first were.
         """
         self.meter.take_times(times)
-        self._planned_ms, self._weighed = None, times
+        self._is_measured = times is not None
+        self._begin_measuring(self._is_measured)
+
+    def _begin_measuring(self, is_known: bool) -> None:
+        """Take note of what the plan in place was made for, if that is known."""
+        best = self.meter.best
+        self._planned_ms = best.busy_ms if is_known and best is not None else None
+        self._weighed = best
 
     def begin_run(self) -> None:
         """Take the memory of the ring now; otherwise the first pass does.

@@ -133,3 +133,25 @@ def test_times_known_when_a_plan_was_made_are_not_measured_under_it(timed):
     session.end_run()
     session.load(session.propose(session.plan.device_bytes + 400_000))
     assert run(5) == [False, False, False, True, False]
+
+
+def test_what_was_measured_inside_a_run_holds_for_the_next_ones(timed):
+    session, run = timed
+    run(4)
+    for budget_bytes in (session.plan.device_bytes, session.plan.device_bytes + 400_000):
+        session.end_run()
+        session.load(session.propose(budget_bytes))
+        best = session.meter.best
+        assert run(5) == [False] * 5
+    assert session.meter.best is not best, "under another plan one pass is timed"
+    session.meter.best = replace(
+        session.meter.best, tail_ms=0.0, blocks={index: meter.BlockTimes(uses=1) for index in range(12)}
+    )
+    assert session.measure(), "far less than the plan was made for"
+
+
+def test_a_plan_that_was_made_inside_a_run_is_measured_once_more(timed):
+    session, run = timed
+    assert run(4) == [False, False, False, True]
+    session.load(session.propose(session.plan.device_bytes + 400_000))
+    assert run(5) == [False, False, False, True, False]

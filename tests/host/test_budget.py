@@ -105,6 +105,7 @@ def test_a_plan_as_fast_is_taken_where_it_leaves_much_of_the_link_alone(link_ms,
         is_in_place=True,
         ways=[Way(0)],
         fitting_bytes=None,
+        patch_bytes=0,
         device=SimpleNamespace(free_bytes=lambda: 2 * GIB, holds_activations=True),
     )
     chosen = choose_plan(stream, settings, 2 * GIB, 0, Packing.AUTO, ())
