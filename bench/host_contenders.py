@@ -52,7 +52,7 @@ def measure_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:
 
 def run_stock(spec: StepSpec) -> Measured:
     """The open host alone."""
-    return _run(spec, _open_stock)
+    return _run(spec, _open_stock, is_traced=spec.trace)
 
 
 def run_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:

@@ -137,7 +137,8 @@ class StepSpec:
     model (`bench.half`) is None until the resident run has shown what else computing takes.
     `synchronize` says what a step's end waits for: "device" for everything the card was given, "stream" for the
     compute stream alone, which leaves copies for the next step under way. With a `lora_rank` every contender's model
-    has a LoRA on all of its blocks. `trace` asks LayerStream for the timeline of a step after the timed runs.
+    has a LoRA on all of its blocks. `trace` asks ComfyUI's own ways and LayerStream for the timeline of a
+    step after the timed runs.
     """
 
     family: str

@@ -1,6 +1,7 @@
-"""Brings what a file holds to the device for good, by way of page-locked buffers: some are read, others copied.
+"""Brings what a file holds to the device by way of page-locked buffers: some are read, others copied.
 
-In: where bytes lie in a file, and device memory. Out: the bytes there, as soon as the compute stream has come so far.
+In: where bytes lie in a file, and device memory, or none for what is only worked on. Out: the bytes there, as soon as
+the compute stream has come so far.
 Copied from its mapping, they would have the mapping's pages count as this process's memory. What will be asked for next
 is read ahead, while whoever asks is busy with what came.
 """
@@ -13,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from .device import Device
+from .device import Device, Stream
 from .mapped import CAN_READ, FileSlice, Reading
+from .ring import Place
 from .store import Buffer, HostMemory
 
 BUFFERS = 4
@@ -53,8 +55,9 @@ class Bounce:
         self._coming = deque(piece for piece in pieces if piece not in self._begun)
         self._read_ahead()
 
-    def bring(self, file: FileSlice, destination: torch.Tensor) -> bool:
-        """Start to fill device memory `destination` (uint8 [size_bytes]); False where this system cannot.
+    def bring(self, file: FileSlice, destination: torch.Tensor, stream: Stream | None = None) -> bool:
+        """Start to fill device memory `destination` (uint8 [size_bytes]) on `stream`, or on compute's, which what is
+        small is copied on in any case; False where this system cannot.
 
         Raises OSError when the file has become shorter.
         """
@@ -66,6 +69,7 @@ class Bounce:
             destination.copy_(stored)
             return True
         compute = self._device.compute_stream()
+        stream = stream or compute
         for piece in _pieces(file):
             target = destination[piece.begin : piece.begin + BUFFER_BYTES]
             if piece not in self._begun:
@@ -75,8 +79,8 @@ class Bounce:
             buffer, reading = self._begun.pop(piece)
             self._idle.append(buffer)
             reading.finish()
-            self._device.copy(target, buffer.slab.stored[: target.numel()], compute, compute)
-            buffer.sent.record(compute)
+            self._device.copy(target, buffer.slab.stored[: target.numel()], stream, compute)
+            buffer.sent.record(stream)
             self._read_ahead()
         return True
 
@@ -116,6 +120,47 @@ class Bounce:
             buffer.sent.synchronize()
             buffer.slab.close()
         self._idle.clear()
+
+
+class Turns:
+    """Two places on the device for what is worked on one after another: the next comes, on a stream of its own, while
+    compute is busy with the one before.
+    """
+
+    def __init__(self, device: Device, bounce: Bounce) -> None:
+        self._device = device
+        self._bounce = bounce
+        self._places: deque[Place] = deque()
+        self._stream: Stream | None = None
+
+    def bring(self, file: FileSlice) -> torch.Tensor:
+        """Start to bring the bytes, uint8 [size_bytes], which stay until the call after the next. Only where the system
+        can read so.
+
+        Raises OSError when the file has become shorter, and torch.OutOfMemoryError.
+        """
+        compute = self._device.compute_stream()
+        stream = self._stream = self._stream or self._device.copy_stream()
+        if self._places:
+            last = self._places[-1]  # all work on it was given to compute by now
+            last.free.record(compute)
+            self._device.note_read(last.memory, compute)
+        place = self._places.popleft() if len(self._places) == 2 else Place(0, self._device)
+        if place.memory.numel() < file.size_bytes:
+            place.memory = torch.empty(0)
+            place.memory = self._device.allocate(file.size_bytes)
+            place.free.record(compute)  # which may still read there what was in this memory before
+        self._places.append(place)
+        stream.wait_event(place.free)
+        memory = place.memory[: file.size_bytes]
+        self._bounce.bring(file, memory, stream)
+        place.ready.record(stream)
+        compute.wait_event(place.ready)
+        return memory
+
+    def finish(self) -> None:
+        """Give the places back."""
+        self._places.clear()
 
 
 def _pieces(file: FileSlice) -> list[Piece]:

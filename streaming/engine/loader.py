@@ -12,12 +12,12 @@ import torch
 
 from .block import Block, Weight, as_parameter
 from .block_packer import BlockPacker
-from .bounce import Bounce
+from .bounce import Bounce, Turns
 from .codec import RawCodec, codec_for
 from .device import Device
 from .forecast import Form
 from .host_room import HostRoom
-from .mapped import FileSlice
+from .mapped import CAN_READ, FileSlice
 from .moving import KEPT, MovingBlock, cut_of
 from .packing import Layout
 from .staging import Staged
@@ -53,6 +53,7 @@ class BlockLoader:
         self.host_room = HostRoom(self.store, keep_home)
         self.packer = BlockPacker(device)
         self._bounce = Bounce(device, host_memory)
+        self._turns = Turns(device, self._bounce)
         self._device = device
         self._keep_home = keep_home
         self._file_of = file_of
@@ -297,18 +298,25 @@ class BlockLoader:
             file.release()
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
-        """A copy of the home tensor on the device; None where it is of a kind, or will be stored in a dtype, that is
-        not brought as it is, or is larger than what has room there.
+        """A copy of the home tensor on the device, to work on until the call after the next; None where it is of a
+        kind, or will be stored in a dtype, that is not brought as it is, or is larger than what has room there.
         """
         size_bytes = weight.codec.stored_bytes
         if not isinstance(weight.codec, RawCodec) or weight.dtype_changes or size_bytes > self.passing_bytes:
             return None
+        file = self._file_of(weight.home)
+        if file is not None and CAN_READ and 2 * size_bytes <= self.passing_bytes:
+            return weight.codec.decode(self._turns.bring(file))
         place = self._device.allocate(size_bytes)
         self._store(weight, None, place, is_on_device=True)
         return weight.codec.decode(place)
 
     def reserve(self, blocks: Mapping[int, Block]) -> None:
-        """Take the device memory of blocks that will stay there as they are, by their index."""
+        """Take the device memory of blocks that will stay there as they are, by their index; no hole among them stays
+        from what was worked on before.
+        """
+        self._turns.finish()
+        self._device.trim()
         for index, block in blocks.items():
             self._reserved[index] = self._device.allocate(block.bytes_from(cut_of(block)))
 
@@ -317,6 +325,7 @@ class BlockLoader:
         self.store.finish()
         self.packer.finish()
         self._bounce.finish()
+        self._turns.finish()
         self._reserved.clear()
 
     def close(self) -> None:

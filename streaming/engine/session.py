@@ -307,7 +307,8 @@ class Session:
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
         """For `changed` to work from: a copy of the home tensor, brought to the device faster than one by one from the
-        pages of a mapped file. None where that is not to be had: it takes no more than ring and scratch will in a run.
+        pages of a mapped file. It stays until the call after the next. None where that is not to be had: it takes no
+        more than ring and scratch will in a run.
         Raises torch.OutOfMemoryError.
         """
         return self._loader.home_on_device(weight)
@@ -345,7 +346,6 @@ class Session:
             if not plan.forms[index].is_packed:
                 self._loader.packer.finish()
             if staying and index == staying[0]:
-                self.device.trim()
                 self._loader.reserve({index: blocks[index] for index in staying})
             moving = self._loader.place(index, block, plan.forms[index], mark, changed)
             if moving is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream.streaming.engine import bounce
-from layerstream.streaming.engine.bounce import Bounce
+from layerstream.streaming.engine.bounce import Bounce, Turns
 from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.engine.store import HostMemory
@@ -147,3 +147,25 @@ def test_where_the_system_cannot_read_so_it_says_so(monkeypatch, tmp_path):
         assert not Bounce(device, HostMemory()).bring(
             FileSlice(file.fileno(), HEADER_BYTES, 10, 0), device.allocate(10)
         )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_worked_on_stays_until_the_call_after_the_next(small_buffers, tmp_path, seed):
+    chance = random.Random(seed)
+    expected, device = written(tmp_path, 60_000), SimulatedDevice(1 << 30, seed)
+    with (tmp_path / "weights").open("rb") as file:
+        way = Bounce(device, HostMemory())
+        turns = Turns(device, way)
+        before = None
+        for _ in range(30):
+            begin, size_bytes = chance.randrange(30_000), chance.choice((1, 99, 5_000, 29_999))
+            found = turns.bring(FileSlice(file.fileno(), HEADER_BYTES + begin, size_bytes, 0))
+            if before is not None:
+                assert torch.equal(*before)
+            before = found, expected[begin : begin + size_bytes]
+            assert torch.equal(*before)
+            assert device.used_bytes <= 2 * 29_999
+        turns.finish()
+        way.finish()
+    del found, before
+    assert device.used_bytes == 0
