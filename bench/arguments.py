@@ -36,7 +36,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora-rank", type=int, default=0, help="put a LoRA of this rank on every block, for all contenders")
     add("--patching", choices=("auto", "baked", "run_time"), default="auto", help="how LayerStream applies it")
     add("--synchronize", choices=("device", "stream"), default="stream", help="what the end of a step waits for")
-    add("--trace", action="store_true", help="add the timeline of one step of ComfyUI's own ways and LayerStream, after the timed ones")
+    add(
+        "--trace",
+        action="store_true",
+        help="add the timeline of one step of ComfyUI's own ways and LayerStream, after the timed ones",
+    )
     add("--link-gib-s", type=float, help="use this link bandwidth and not the measured one")
     add("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files")
     add("--keep", type=Path, help="keep the contenders' logs and latents in this folder")

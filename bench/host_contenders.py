@@ -52,12 +52,12 @@ def measure_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:
 
 def run_stock(spec: StepSpec) -> Measured:
     """The open host alone."""
-    return _run(spec, _open_stock, is_traced=spec.trace)
+    return _run(spec, open_stock, is_traced=spec.trace)
 
 
 def run_layerstream(spec: StepSpec, packing: str = "auto") -> Measured:
     """LayerStream in the open host."""
-    return _run(spec, lambda spec: _open_layerstream(spec, packing), is_traced=spec.trace)
+    return _run(spec, lambda spec: open_layerstream(spec, packing), is_traced=spec.trace)
 
 
 def measure_in_host(spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_dynamic: bool) -> Measured:
@@ -104,7 +104,7 @@ def _trace(model: Any, spec: StepSpec) -> dict[str, Any]:
     return profiler.timeline()
 
 
-def _open_stock(spec: StepSpec) -> Opened:
+def open_stock(spec: StepSpec) -> Opened:
     load = _loader_of(spec)
 
     def prepare() -> Prepared:
@@ -144,7 +144,7 @@ def stock_residency(model: Any, calls_per_step: float) -> Residency:
     return Residency(resident_bytes, streamed_bytes, streamed_bytes, {})
 
 
-def _open_layerstream(spec: StepSpec, packing: str) -> Opened:
+def open_layerstream(spec: StepSpec, packing: str) -> Opened:
     from scripts.pack import load_pack
 
     load_pack()

@@ -133,12 +133,14 @@ class Turns:
         self._places: deque[Place] = deque()
         self._stream: Stream | None = None
 
-    def bring(self, file: FileSlice) -> torch.Tensor:
-        """Start to bring the bytes, uint8 [size_bytes], which stay until the call after the next. Only where the system
-        can read so.
+    def bring(self, file: FileSlice) -> torch.Tensor | None:
+        """Start to bring the bytes, uint8 [size_bytes], which stay until the call after the next; None where this
+        system cannot.
 
         Raises OSError when the file has become shorter, and torch.OutOfMemoryError.
         """
+        if not CAN_READ:
+            return None
         compute = self._device.compute_stream()
         stream = self._stream = self._stream or self._device.copy_stream()
         if self._places:

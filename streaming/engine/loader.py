@@ -17,7 +17,7 @@ from .codec import RawCodec, codec_for
 from .device import Device
 from .forecast import Form
 from .host_room import HostRoom
-from .mapped import CAN_READ, FileSlice
+from .mapped import FileSlice
 from .moving import KEPT, MovingBlock, cut_of
 from .packing import Layout
 from .staging import Staged
@@ -305,8 +305,10 @@ class BlockLoader:
         if not isinstance(weight.codec, RawCodec) or weight.dtype_changes or size_bytes > self.passing_bytes:
             return None
         file = self._file_of(weight.home)
-        if file is not None and CAN_READ and 2 * size_bytes <= self.passing_bytes:
-            return weight.codec.decode(self._turns.bring(file))
+        if file is not None and 2 * size_bytes <= self.passing_bytes:
+            brought = self._turns.bring(file)
+            if brought is not None:
+                return weight.codec.decode(brought)
         place = self._device.allocate(size_bytes)
         self._store(weight, None, place, is_on_device=True)
         return weight.codec.decode(place)

@@ -138,10 +138,20 @@ def test_changes_that_are_worked_out_on_the_device_read_no_page(monkeypatch, tmp
         touched_bytes.append(resident_bytes(model.path))  # afterwards they are given back
         return half
 
-    session.load(plan_for(session, 0.5, is_packed=is_packed), marks=Marks(("halved",) * 8, "halved"), changed=halve)
+    plan = plan_for(session, 0.5, is_packed=is_packed)
+    session.load(plan, marks=Marks(("halved",) * 8, "halved"), changed=halve)
+    assert session.device.peak_bytes() <= plan.device_bytes, "in two places at a time, as large as the ring will be"
     assert max(touched_bytes) < 0.02 * model.size_bytes
     assert resident_bytes(model.path) < 0.02 * model.size_bytes
     assert torch.equal(one_pass(session, model.walker, x), expected(x))
+
+
+def test_where_files_cannot_be_read_past_their_mapping_home_tensors_come_to_the_device_from_there(windows, tmp_path):
+    model = MappedWalker(tmp_path / "weights")
+    session = model.attach()
+    session.load(plan_for(session, 0.5))
+    for weight in session.parts.blocks[0].weights:
+        assert torch.equal(session.home_on_device(weight), weight.home)
 
 
 def test_what_the_system_reads_in_pieces_is_put_together(monkeypatch, tmp_path):
