@@ -49,7 +49,7 @@ def main() -> None:
     load_pack()
     from layerstream.streaming.engine.live_bytes import peak_of
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     print("| stage | formula MiB | dry run MiB | measured MiB | dry run / measured |\n|---|---|---|---|---|")
     with torch.inference_mode():
         for stage in stages(arguments.scale or (4 if arguments.device == "cuda" else 1), arguments.device):

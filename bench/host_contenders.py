@@ -150,11 +150,11 @@ def open_layerstream(spec: StepSpec, packing: str) -> Opened:
     load_pack()
     from layerstream.streaming.host.budget import Budget
     from layerstream.streaming.host.gguf_patches import streaming_patcher_for
-    from layerstream.streaming.host.settings import Packing, Patching, StreamingSettings
+    from layerstream.streaming.host.settings import Mode, Packing, Patching, StreamingSettings
 
     chosen: dict[str, Any] = {} if spec.prefetch_blocks is None else {"prefetch_blocks": spec.prefetch_blocks}
     settings = StreamingSettings(
-        mode=spec.layerstream_mode,
+        mode=Mode(spec.layerstream_mode),
         vram_gib=spec.vram_gib,
         packing=Packing(packing),
         patching=Patching(spec.patching),

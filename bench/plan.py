@@ -12,6 +12,7 @@ import json
 import random
 import statistics
 import time
+from typing import Any
 
 from scripts.pack import load_pack
 
@@ -40,7 +41,7 @@ def uneven_blocks(count: int, seed: int = 0) -> list[BlockCost]:
 
 def main() -> None:
     rates = Rates(LINK_GIB_S * GIB / 1000, RESTORE_GIB_S * GIB / 1000, tail_ms=3.0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for count in COUNTS:
         blocks = uneven_blocks(count)
         total = sum(block.moving_bytes for block in blocks)

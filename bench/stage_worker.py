@@ -82,9 +82,9 @@ def _governed(mode: str | None, parts: Parts) -> Parts:
         return parts
     from layerstream.streaming.host.govern import Parts as Governed
     from layerstream.streaming.host.govern import govern
-    from layerstream.streaming.host.policy import PolicySettings
+    from layerstream.streaming.host.policy import PolicyMode, PolicySettings
 
-    return Parts(*govern(Governed(*parts), PolicySettings(mode)))
+    return Parts(*govern(Governed(*parts), PolicySettings(PolicyMode(mode))))
 
 
 def _run_prompt(parts: Parts, spec: StageSpec, index: int, *, is_tiled: bool) -> Prompt:

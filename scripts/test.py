@@ -66,7 +66,7 @@ def main() -> None:
     runs += [partial(run_tests, "bench", BENCH_TESTS, all_named), partial(run_tests, "engine", ENGINE_TESTS, {})]
     runs += [partial(run_tests, f"browser {host.version}", BROWSER_TESTS, named[host]) for host in hosts]
     runs.append(partial(run_tests, "formats", FORMATS_TESTS, {}))
-    outcomes = [check("ruff", ["ruff", "check", "."]), *check_types(), *side_by_side(runs)]
+    outcomes = [check("ruff", ["ruff", "check", "."]), check_types(), *side_by_side(runs)]
     sys.exit(summarise(outcomes))
 
 
@@ -106,19 +106,17 @@ def check(name: str, arguments: list[str], environment: Mapping[str, str] | None
     return Outcome(name, int(passed), int(not passed), 0, time.monotonic() - begin)
 
 
-def check_types() -> list[Outcome]:
-    """Check the pack's packages as parts of `layerstream`, whose relative imports cross them, and the scripts apart."""
+def check_types() -> Outcome:
+    """Check the pack's packages as parts of `layerstream`, whose relative imports cross them, and those that use it."""
     TYPE_CHECK.mkdir(parents=True, exist_ok=True)
     package = TYPE_CHECK / "layerstream"
     if not package.is_symlink():
         package.symlink_to(ROOT, target_is_directory=True)
-    configuration = ["--config-file", str(ROOT / "pyproject.toml")]
-    pack = [argument for name in PACK_PACKAGES for argument in ("-p", f"layerstream.{name}")]
-    scripts = [name for name in SCRIPT_PACKAGES if (ROOT / name).is_dir()]
-    return [
-        check("mypy pack", ["mypy", *configuration, *pack], {"MYPYPATH": str(TYPE_CHECK)}),
-        check("mypy scripts", ["mypy", *configuration, *scripts]),
-    ]
+    names = [f"layerstream.{name}" for name in PACK_PACKAGES] + [n for n in SCRIPT_PACKAGES if (ROOT / n).is_dir()]
+    packages = [argument for name in names for argument in ("-p", name)]
+    return check(
+        "mypy", ["mypy", "--config-file", str(ROOT / "pyproject.toml"), *packages], {"MYPYPATH": str(TYPE_CHECK)}
+    )
 
 
 def run_tests(name: str, folder: str, environment: Mapping[str, str]) -> Outcome:
