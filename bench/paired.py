@@ -81,13 +81,18 @@ def measure_pairs(spec: StepSpec, count: int) -> list[Pair]:
             if number >= spec.runs:
                 pairs.append(pair)
                 _print_pair(len(pairs), pair)
-        kept_bytes, whole_bytes = models["resident"].model.loaded_size(), models["resident"].model.model_size()
-    if spec.device == "cuda" and kept_bytes < whole_bytes:
+            elif spec.device == "cuda":
+                _check_is_whole(models["resident"].model)
+    return pairs
+
+
+def _check_is_whole(model: Any) -> None:
+    kept_bytes, whole_bytes = model.loaded_size(), model.model_size()
+    if kept_bytes < whole_bytes:
         raise ValueError(
-            f"of the model that shall be resident {kept_bytes / GIB:.2f} of {whole_bytes / GIB:.2f} GiB were on the "
+            f"of the model that shall be resident {kept_bytes / GIB:.2f} of {whole_bytes / GIB:.2f} GiB are on the "
             "card: lower --vram-gb, or take a card that holds both"
         )
-    return pairs
 
 
 def _prompt(prepared: Prepared, spec: StepSpec) -> Prompt:
