@@ -138,25 +138,26 @@ _Copy = tuple[int | None, bool]
 
 def _copies(sizes: Sequence[int], ring_bytes: int) -> list[_Copy]:
     """What each copy into a ring of these sizes has to wait for."""
-    starts = lay_out(sizes, ring_bytes)
+    places = [(start, start + size) for start, size in zip(lay_out(sizes, ring_bytes), sizes, strict=True)]
     count = len(sizes)
     inside: list[tuple[int, int, int]] = []
     waits: list[int | None] = []
     shared = [False] * count
-    for use in range(2 * count):
-        start, end = starts[use % count], starts[use % count] + sizes[use % count]
-        last = -1
-        kept = [(start, end, use)]
-        for entry in inside:
-            if entry[0] < end and start < entry[1]:
-                if entry[2] != use - count:
-                    last = max(last, entry[2])
-                    shared[use % count] = shared[entry[2] % count] = True
-            else:
-                kept.append(entry)
-        inside = kept
-        if use >= count:
-            waits.append(use - last if last >= 0 else None)
+    for first_use in (0, count):
+        for index, (start, end) in enumerate(places):
+            use, last = first_use + index, -1
+            kept = [(start, end, use)]
+            for entry in inside:
+                if entry[0] < end and start < entry[1]:
+                    other = entry[2]
+                    if other != use - count:
+                        last = other if other > last else last
+                        shared[index] = shared[other % count] = True
+                else:
+                    kept.append(entry)
+            inside = kept
+            if first_use:
+                waits.append(use - last if last >= 0 else None)
     return [(wait, not is_shared) for wait, is_shared in zip(waits, shared, strict=True)]
 
 

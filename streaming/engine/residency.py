@@ -73,6 +73,15 @@ class Residency:
         self.by_size = sorted(range(len(blocks)), key=lambda index: blocks[index].moving_bytes)
         self.by_size_a_use = sorted(self.by_size, key=lambda index: blocks[index].moving_bytes / blocks[index].uses)
         self.giants = _giants(blocks, self.by_size)
+        # Kept, since they are asked for once a block of every plan that is tried: sizes as they are, packed, in a pass.
+        self._raw_bytes = [block.moving_bytes for block in blocks]
+        self._packed_bytes = [block.packed_bytes or 0 for block in blocks]
+        self._passing_bytes = [block.passing_bytes for block in blocks]
+        self._may_pack = [
+            block.packed_bytes is not None and block.moving_bytes > 0 and index not in self.giants
+            for index, block in enumerate(blocks)
+        ]
+        self._largest = {is_packed: self._find_largest(is_packed) for is_packed in (False, True)}
         packable = [block for block in blocks if block.packed_bytes is not None]
         raw_bytes = sum(block.moving_bytes for block in packable)
         self.packed_share = sum(block.packed_bytes or 0 for block in packable) / raw_bytes if raw_bytes else 1.0
@@ -83,17 +92,21 @@ class Residency:
     def plan(self, forms: Sequence[Form], ring_bytes: int, scratch_places: float) -> Plan:
         """Add up what `forms` take, with a scratch that holds so many of the largest packed blocks."""
         kept_bytes = streamed_bytes = link_bytes = places_bytes = packed_bytes = largest_bytes = 0
-        for block, form in zip(self.blocks, forms, strict=True):
-            size = block.bytes_as(form)
+        sizes = zip(self.blocks, forms, self._raw_bytes, self._packed_bytes, self._passing_bytes, strict=True)
+        for block, form, raw, packed, passing in sizes:
+            size = packed if form.is_packed else raw
             if form.is_streamed:
-                streamed_bytes += block.passing_bytes
+                streamed_bytes += passing
                 link_bytes += block.uses * size
                 places_bytes += align(size)
             else:
                 kept_bytes += size
             if form.is_packed:
-                packed_bytes += align(block.moving_bytes)
-                largest_bytes = max(largest_bytes, align(block.moving_bytes))
+                assert block.packed_bytes is not None, f"`{block.name}` cannot be packed"
+                place = align(raw)
+                packed_bytes += place
+                if place > largest_bytes:
+                    largest_bytes = place
         scratch_bytes = min(align(int(scratch_places * largest_bytes)), packed_bytes)
         return Plan(
             forms=tuple(forms),
@@ -113,6 +126,9 @@ class Residency:
 
     def largest(self, is_packed: bool) -> int:
         """Bytes of the largest block on the link."""
+        return self._largest[is_packed]
+
+    def _find_largest(self, is_packed: bool) -> int:
         sizes = (
             block.packed_bytes if is_packed and block.packed_bytes is not None else block.moving_bytes
             for index, block in enumerate(self.blocks)
@@ -219,10 +235,12 @@ class Residency:
         per_span = self.uses * streamed_bytes / (sum(self.spans) or 1.0)
         owed = 0.0
         streamed = set()
-        for index, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
-            size, present = block.passing_bytes, self.present[index]
-            owed = min(owed + per_span * span, ring_bytes + size)
+        for index, (size, span) in enumerate(zip(self._passing_bytes, self.spans, strict=True)):
+            owed += per_span * span
+            if owed > ring_bytes + size:
+                owed = ring_bytes + size
             if size > 0 and index not in stay:
+                present = self.present[index]
                 inertia = 0.0 if present is None else -INERTIA if present.is_streamed else INERTIA
                 if owed >= (0.5 + inertia) * size:
                     owed -= size
@@ -231,16 +249,24 @@ class Residency:
 
     def _packed(self, streamed: Container[int], pack: float, pack_kept: float) -> list[Form]:
         """Forms in which the shares `pack` of the streamed bytes and `pack_kept` of the others are packed."""
-        owed = {True: 0.0, False: 0.0}
+        owed = owed_kept = 0.0
         forms = []
-        for index, block in enumerate(self.blocks):
-            is_streamed, size = index in streamed, block.moving_bytes
-            is_packed = False
-            if block.packed_bytes is not None and size > 0 and index not in self.giants:
-                owed[is_streamed] += (pack if is_streamed else pack_kept) * size
-                is_packed = owed[is_streamed] >= size / 2
-                owed[is_streamed] -= size * is_packed
-            forms.append(FORMS[is_streamed, is_packed])
+        for index, (size, may_pack) in enumerate(zip(self._raw_bytes, self._may_pack, strict=True)):
+            if index in streamed:
+                form = Form.STREAMED
+                if may_pack:
+                    owed += pack * size
+                    if owed >= size / 2:
+                        owed -= size
+                        form = Form.STREAMED_PACKED
+            else:
+                form = Form.RESIDENT
+                if may_pack:
+                    owed_kept += pack_kept * size
+                    if owed_kept >= size / 2:
+                        owed_kept -= size
+                        form = Form.RESIDENT_PACKED
+            forms.append(form)
         return forms
 
     def _small_ones(self, room_bytes: float) -> set[int]:
