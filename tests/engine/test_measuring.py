@@ -11,7 +11,14 @@ from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.plan import Packing
 from layerstream.streaming.engine.simulated import SimulatedDevice
 
+from steady_clock import give_steady_clock
 from walkers import attach, make_input, make_walker, one_pass, plan_for
+
+
+@pytest.fixture(autouse=True)
+def steady_times(monkeypatch):
+    """Passes take the same times, so that what is measured anew depends on the plans alone."""
+    give_steady_clock(monkeypatch)
 
 
 def test_what_a_pass_took_is_measured_and_planned_with(monkeypatch):

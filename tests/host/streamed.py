@@ -18,6 +18,8 @@ from layerstream.streaming.host.gguf_patches import streaming_patcher_for
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 from layerstream.streaming.host.settings import Mode, StreamingSettings
 
+from steady_clock import give_steady_clock
+
 CARD_GIB = 8.0
 
 
@@ -44,7 +46,11 @@ def locks_of(monkeypatch, streamed: StreamingModelPatcher) -> list[int]:
 
 
 def believe_times(monkeypatch, streamed: StreamingModelPatcher, share: float) -> None:
-    """Have the card of `streamed` give times that plans are made by, and room for no more than a share of its model."""
+    """Have the card of `streamed` give times that plans are made by, and room for no more than a share of its model.
+
+    They are those of a steady clock: plans do not depend on how busy the machine is.
+    """
+    give_steady_clock(monkeypatch)
     device = streamed.stream.device
     limit = int(share * streamed.model_size())
     monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
