@@ -45,7 +45,7 @@ def main() -> None:
     from layerstream.streaming.engine.packing_triton import TritonPacker
 
     device = torch.device("cuda")
-    packer = TritonPacker()
+    packer = TritonPacker(device)
     encode, stream = packer.encode, torch.cuda.current_stream()
 
     def decode_next(decoders: Iterator[Decoder]) -> None:

@@ -103,12 +103,12 @@ class Device(Protocol):
     def peak_bytes(self) -> int: ...
 
 
-def _triton_packer() -> Packer | None:
+def _triton_packer(torch_device: torch.device) -> Packer | None:
     try:
         from .packing_triton import TritonPacker
     except ImportError:
         return None  # torch brings Triton on Linux only; whoever plans says that weights travel raw
-    return TritonPacker()
+    return TritonPacker(torch_device)
 
 
 class CudaDevice:
@@ -120,7 +120,7 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
-        self.packer = _triton_packer()
+        self.packer = _triton_packer(torch_device)
         keep_freed_pages()
         self._limit_bytes = torch.cuda.mem_get_info(torch_device)[1]
         # 1.3 TB/s on the 132 multiprocessors of an H200, which restores 2.3 alone and 0.6 to 1.5 beside compute.

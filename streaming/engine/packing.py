@@ -70,8 +70,8 @@ Decoder = Callable[[Any], object]
 class Packer(Protocol):
     """What packs and restores on one kind of device; all of them make the same bytes."""
 
-    def works(self) -> bool:
-        """Whether it does on this machine, which may take a second to find out."""
+    def works(self, dtype: torch.dtype) -> bool:
+        """Whether `dtype` comes back on this machine as it was; finding out may take seconds, once."""
 
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Pack `dtype` patterns `raw` (uint8, whole quads) into the beginning of `room` (uint8, `worst_bytes`)."""
@@ -83,7 +83,7 @@ class Packer(Protocol):
 class PlainPacker:
     """The packer of any device: slow, and waits for the device."""
 
-    def works(self) -> bool:
+    def works(self, dtype: torch.dtype) -> bool:
         return True
 
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:

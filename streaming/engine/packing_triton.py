@@ -10,6 +10,8 @@ is 0 for bf16, which has no instruction for them then, and 3 for fp16.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +19,10 @@ import triton.language as tl
 from .packing import Decoder
 from .packing_bits import count_bits, flipped, fours, lane_counts, lane_moves, lane_reach, spread
 from .packing_encode import encode
-from .packing_format import COLUMNS, HEADER_BYTES, QUAD, Layout
+from .packing_format import CHUNK, COLUMNS, HEADER_BYTES, QUAD, Layout, worst_bytes
 from .triton_launch import Launcher, can_launch, variant_of
+
+logger = logging.getLogger("layerstream")
 
 # One warp a chunk and four columns a thread, so that no warp waits for another. An H200 then makes 2.27 to 2.33 TB/s of
 # bf16, reading and writing at 0.92 to 0.93 of the rate of its copies; four warps were slower.
@@ -91,6 +95,18 @@ def _patch(chunk, planes, fractions, runs, start, escapes, out, quads, words, co
         element = quad * 4 + (((lane & 1) << 1) | (lane >> 1))
         tl.store(out.to(tl.pointer_type(tl.int16)) + element, pattern.to(tl.int16), mask=is_there)
         number += COLUMNS
+
+
+def trial(dtype: torch.dtype) -> torch.Tensor:
+    """Values of `dtype` with codes of every kind: each pattern, those of an exponent together; a chunk with all of the
+    exponents; and normal ones.
+    """
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    by_exponent = patterns[(patterns & 0x7FFF).sort(stable=True).indices]
+    all_exponents = patterns[:: (1 << 16) // CHUNK]
+    # A generator of its own: noise that samplers draw must not depend on this.
+    normal = torch.randn(2 * CHUNK, generator=torch.Generator().manual_seed(0))
+    return torch.cat([by_exponent.view(dtype), all_exponents.view(dtype), normal.to(dtype)])
 
 
 # Compiled once a dtype, whether or not `words` happens to be a multiple of 16.
@@ -177,14 +193,40 @@ def decode_kernel(
 
 
 class TritonPacker:
-    """The packer of CUDA devices."""
+    """The packer of a CUDA device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._decode = Launcher(decode_kernel, num_warps=DECODE_WARPS)
+        self._faults: dict[torch.dtype, str | None] = {}
 
-    def works(self) -> bool:
-        """Whether Triton makes kernels here; a small one is compiled to find out."""
-        return can_launch()
+    def works(self, dtype: torch.dtype) -> bool:
+        """Whether Triton makes kernels here, and right ones: nobody has tried every Triton with every card. Where it
+        does not, the log says why. Raises RuntimeError when the card is out of memory.
+        """
+        if not can_launch():
+            return False
+        if dtype not in self._faults:
+            fault = self._faults[dtype] = self._find_fault(dtype)
+            if fault is not None:
+                logger.warning("LayerStream: %s weights cannot be packed here, so they travel raw: %s", dtype, fault)
+        return self._faults[dtype] is None
+
+    def _find_fault(self, dtype: torch.dtype) -> str | None:
+        """Pack and restore what has codes of every kind; give what is wrong with that, if anything."""
+        raw = trial(dtype).to(self._device).view(torch.uint8)
+        room = torch.empty(worst_bytes(raw.numel() // 2, dtype), dtype=torch.uint8, device=self._device)
+        restored = torch.zeros_like(raw)
+        try:
+            layout = self.encode(raw, room, dtype)
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            self.decoder(room, layout, restored)(stream)
+            return None if torch.equal(restored, raw) else "what was packed came back as something else"
+        except Exception as error:  # compilers and drivers raise what they like
+            if "out of memory" in str(error).lower():
+                raise  # the card is full, which says nothing of the kernels: they are tried again
+            first_line, _, _ = str(error).partition("\n")
+            return f"{type(error).__name__}: {first_line}"
 
     def encode(self, raw: torch.Tensor, room: torch.Tensor, dtype: torch.dtype) -> Layout:
         """Pack `raw` (uint8 over patterns of `dtype`, whole quads) into `room`; waits for the device once.

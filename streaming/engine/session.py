@@ -26,7 +26,7 @@ from .device import Device
 from .forecast import Forecast, Form, forecast
 from .loader import BlockLoader, Changed, FileOf
 from .meter import Meter, PassTimes
-from .moving import MovingBlock, cut_of
+from .moving import MovingBlock, cut_of, packable_dtype
 from .pipeline import NoteBound, Pipeline
 from .plan import Packing, Plan
 from .planner import make_plan
@@ -115,11 +115,15 @@ class Session:
         )
         plan = make(packing=packing if self.can_pack else Packing.NEVER)
         # Finding out takes a second or more where nothing was compiled before, so it is left until something is packed.
-        if plan.is_packed and self.device.packer is not None and not self.device.packer.works():
+        if plan.is_packed and not self._packer_works():
             self.can_pack = False
             plan = make(packing=Packing.NEVER)
         form_of = dict(zip(order, plan.forms, strict=True))
         return replace(plan, forms=tuple(form_of[index] for index in sorted(order)))
+
+    def _packer_works(self) -> bool:
+        packer, dtypes = self.device.packer, {packable_dtype(block) for block in self.parts.blocks}
+        return packer is not None and all(packer.works(dtype) for dtype in dtypes if dtype is not None)
 
     def expect(self, plan: Plan) -> Forecast | None:
         """What `plan` would take by the latest times; None while there are none."""

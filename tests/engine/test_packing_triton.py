@@ -5,10 +5,15 @@ from __future__ import annotations
 import signal
 
 import pytest
+import torch
 
 from apart import run_apart
 
 pytest.importorskip("triton")
+
+from layerstream.streaming.engine.packing import PACKABLE, pack, read_layout
+from layerstream.streaming.engine.packing_format import CHUNK
+from layerstream.streaming.engine.packing_triton import trial
 
 PREAMBLE = """
 import torch
@@ -18,7 +23,7 @@ from layerstream.streaming.engine.packing import PACKABLE, pack, read_layout, wo
 from layerstream.streaming.engine.packing_format import CHUNK
 from layerstream.streaming.engine.packing_triton import TritonPacker
 
-packer = TritonPacker()
+packer = TritonPacker(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 torch.manual_seed(0)
 patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
@@ -143,9 +148,45 @@ print("compiled")
 """
 
 
-def has_card() -> bool:
-    import torch
+# Kernels that a compiler got wrong: restoring leaves a bit of one element out; packing fails.
+WRONG = """
+import logging
+from layerstream.streaming.engine import packing_triton
 
+said = []
+logging.getLogger("layerstream").addFilter(lambda record: said.append(record.getMessage()))
+print("works", [packer.works(dtype) for dtype in PACKABLE], said, flush=True)
+decoder = TritonPacker.decoder
+
+
+def careless(self, packed, layout, out):
+    decode = decoder(self, packed, layout, out)
+    return lambda stream: (decode(stream), out[70001:70002].bitwise_xor_(4))
+
+
+TritonPacker.decoder = careless
+wrong = TritonPacker(packer._device)
+print("wrong", [wrong.works(dtype) for dtype in (torch.bfloat16, torch.bfloat16, torch.float16)], flush=True)
+
+
+def fails(*arguments):
+    raise RuntimeError(problem)
+
+
+packing_triton.encode = fails
+problem = "no such instruction\\nin line 7"
+print("fails", TritonPacker(packer._device).works(torch.bfloat16))
+problem = "CUDA out of memory"
+full = TritonPacker(packer._device)
+try:
+    full.works(torch.bfloat16)
+except RuntimeError as error:
+    print("full", error)
+print(*said, sep="\\n")
+"""
+
+
+def has_card() -> bool:
     return torch.cuda.is_available()
 
 
@@ -169,3 +210,33 @@ def test_a_read_beyond_them_would_be_noticed():
     finished = run_apart(PREAMBLE + FENCE + UNBOUND, interprets=True)
     assert finished.stdout.strip().endswith("fenced")
     assert finished.returncode == -signal.SIGSEGV
+
+
+def test_kernels_that_do_not_restore_what_was_packed_are_not_used_and_the_log_says_so():
+    finished = run_apart(PREAMBLE + WRONG, interprets=not has_card())
+    cannot = "weights cannot be packed here, so they travel raw"
+    assert finished.stdout.splitlines() == [
+        "works [True, True] []",
+        "wrong [False, False, False]",
+        "fails False",
+        "full CUDA out of memory",
+        f"LayerStream: torch.bfloat16 {cannot}: what was packed came back as something else",
+        f"LayerStream: torch.float16 {cannot}: what was packed came back as something else",
+        f"LayerStream: torch.bfloat16 {cannot}: RuntimeError: no such instruction",
+    ], finished.stderr[-2000:]
+
+
+def test_what_kernels_are_tried_with_takes_every_kind_of_code():
+    """Otherwise a kernel that gets one kind wrong would pass, and half of all weights would come back wrong."""
+    for dtype in PACKABLE:
+        values, state = trial(dtype), torch.get_rng_state()
+        assert torch.equal(trial(dtype).view(torch.int16), values.view(torch.int16))
+        assert torch.equal(torch.get_rng_state(), state), "noise that samplers draw has changed"
+        assert len(values.view(torch.int16).unique()) == 1 << 16
+        packed = pack(values)
+        layout = read_layout(packed)
+        table = packed[layout.table :][: layout.table_bytes].clone().view(torch.int32).view(-1, 3)
+        second, third, escapes = table[:, 1] & 0xFFFF, table[:, 1] >> 16, table[:, 2] & 0xFFFF
+        assert (second[-2:] > 0).all() and (third[-2:] > 0).all()
+        assert (escapes[-2:] > 0).all() and (escapes[-2:] < 10).all()
+        assert CHUNK in escapes, "a chunk without codes"

@@ -60,13 +60,13 @@ def test_weights_that_pack_badly_are_left_raw_and_known_for_it():
 def test_whether_anything_can_be_packed_is_asked_once_a_plan_packs_something(monkeypatch, works):
     asked = []
     packer = PlainPacker()
-    monkeypatch.setattr(packer, "works", lambda: asked.append(True) or works)
+    monkeypatch.setattr(packer, "works", lambda dtype: asked.append(dtype) or works)
     session = attach(make_walker(), SimulatedDevice(1 << 30, packer=packer))
     budget_bytes = session.total_bytes // 2
     assert not session.propose(budget_bytes).is_packed and not asked, "nothing is known of times yet"
     for _ in range(2):
         assert session.propose(budget_bytes, packing=Packing.ALWAYS).is_packed == works
-    assert session.can_pack == works and len(asked) == (2 if works else 1)
+    assert session.can_pack == works and asked == [torch.bfloat16] * (2 if works else 1)
 
 
 def test_packed_residents_leave_the_device_with_the_tensors_that_stand_for_them():

@@ -16,8 +16,7 @@ from apart import run_apart
 pytest.importorskip("triton")
 
 from layerstream.streaming.engine import triton_launch
-from layerstream.streaming.engine.packing_triton import TritonPacker
-from layerstream.streaming.engine.triton_launch import Launcher
+from layerstream.streaming.engine.triton_launch import Launcher, can_launch
 
 
 class Variant:
@@ -121,7 +120,7 @@ ERRORS = [None, subprocess.CalledProcessError(1, "tcc.exe"), RuntimeError("no co
 def test_where_triton_compiles_nothing_weights_travel_raw_and_the_log_says_why(monkeypatch, caplog, error):
     monkeypatch.setattr(triton_launch, "probe_kernel", Compiling(error))
     triton_launch.can_launch.cache_clear()
-    assert [TritonPacker().works() for _ in range(2)] == [error is None] * 2
+    assert [can_launch() for _ in range(2)] == [error is None] * 2
     triton_launch.can_launch.cache_clear()
     said = [record.getMessage() for record in caplog.records if "makes no kernel here" in record.getMessage()]
     assert len(said) == (error is not None)
@@ -132,9 +131,9 @@ def test_a_full_card_says_nothing_of_triton(monkeypatch):
     monkeypatch.setattr(triton_launch, "probe_kernel", Compiling(RuntimeError("Triton Error [CUDA]: out of memory")))
     triton_launch.can_launch.cache_clear()
     with pytest.raises(RuntimeError, match="out of memory"):
-        TritonPacker().works()
+        can_launch()
     monkeypatch.setattr(triton_launch, "probe_kernel", Compiling(None))
-    assert TritonPacker().works()
+    assert can_launch()
     triton_launch.can_launch.cache_clear()
 
 
