@@ -29,16 +29,17 @@ FORMATS_TESTS = "tests/formats"
 BENCH_TESTS = "tests/bench"
 HOST_TESTS = "tests/host"
 BROWSER_TESTS = "tests/browser"
-KEEPING_MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Has glibc take memory in large pages. On a processor a layer's weights are cast into memory that was just taken, and
+clearing its pages one by one took the system longer than the layer took."""
+KEPT_PAGES = {
+    "GLIBC_TUNABLES": f"{LARGE_PAGES['GLIBC_TUNABLES']}"
     ":glibc.malloc.mmap_threshold=4294967296"
     ":glibc.malloc.trim_threshold=2147483648"
 }
-"""Has glibc take memory in large pages, and keep 2 GiB of what is freed, whatever the size of a piece. On a processor a
-layer's weights are cast into memory that was just taken, and the system took longer to clear it than the layer took."""
+"""Has it keep them too when they are freed. Processes that run for long hold more of them than they use."""
 AT_A_TIME = 2
-"""How many runs of tests share the machine: each takes one processor and, at its peak, 5 to 10 GiB, of which the system
-can drop what is mapped from files."""
+"""How many runs of tests share the machine: each takes one processor and, at its peak, 5 to 10 GiB."""
 
 
 class Outcome(NamedTuple):
@@ -67,7 +68,7 @@ def main() -> None:
     # What takes longest begins first.
     runs = [partial(run_tests, host.name, HOST_TESTS, named[host]) for host in reversed(hosts)]
     # They look for hosts themselves and open each in a process of its own.
-    all_named = {COMFYUI_PATH: os.pathsep.join(str(host.path) for host in hosts)}
+    all_named = {COMFYUI_PATH: os.pathsep.join(str(host.path) for host in hosts), **KEPT_PAGES}
     runs += [partial(run_tests, "bench", BENCH_TESTS, all_named), partial(run_tests, "engine", ENGINE_TESTS, {})]
     runs += [partial(run_tests, f"browser {host.version}", BROWSER_TESTS, named[host]) for host in hosts]
     runs.append(partial(run_tests, "formats", FORMATS_TESTS, {}))
@@ -130,7 +131,7 @@ def run_tests(name: str, folder: str, environment: Mapping[str, str]) -> Outcome
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     arguments = ["pytest", folder, f"--junitxml={report}", "-o", f"junit_suite_name={name}"]
-    run = check(name, arguments, {**KEEPING_MEMORY, **environment})
+    run = check(name, arguments, {**LARGE_PAGES, **environment})
     counts = count_report(report)
     # Interrupted before its end, or nothing collected: no report, or one without failures, must not look like success.
     failed = counts["failures"] + counts["errors"] or run.failed

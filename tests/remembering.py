@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-MOST_BYTES = 512 * 1024**2
+MOST_BYTES = 256 * 1024**2
 
 
 def remembering(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
