@@ -68,8 +68,8 @@ def run_server(
 
     `models` maps places under the models folder (`vae/ae.safetensors`) to files. `arguments` follow the server's own
     command line; `environment` adds variables; `packs` are further custom nodes, files or folders; `port` is any free
-    one by default; `pack` is where this pack lies. Without a GPU it runs with `--cpu`, and keeps weights in the file's
-    bfloat16 as a GPU would, where ComfyUI would otherwise double their size.
+    one by default; `pack` is where this pack lies. Without a GPU it runs with `--cpu`, and does as a GPU would what
+    ComfyUI does otherwise there: weights stay in the file's bfloat16, and attention is torch's own.
 
     Raises:
         ServerError: the server ended or did not answer in time; the message ends with its log's last lines.
@@ -122,7 +122,8 @@ def _process(
     command += ["--base-directory", str(folder)]
     command += ["--database-url", f"sqlite:///{(folder / 'user' / 'comfyui.db').as_posix()}"]
     if not torch.cuda.is_available():
-        command += ["--cpu", "--bf16-unet"]
+        # Its other attention works in pieces as large as what RAM is free allows, and their size changes bits.
+        command += ["--cpu", "--bf16-unet", "--use-pytorch-cross-attention"]
     command += arguments
     log = folder / "server.log"
     with log.open("wb") as output:
