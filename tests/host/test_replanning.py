@@ -56,7 +56,7 @@ def test_a_packer_that_does_not_work_is_found_out_when_it_is_wanted(monkeypatch,
     streamed = timed_card(model, 0.6, packing)
     stream, was_timed = streamed.stream, []
     monkeypatch.setattr(
-        stream.device.packer, "works", lambda: was_timed.append(stream.is_open and stream.session.is_timed)
+        stream.device.packer, "works", lambda dtype: was_timed.append(stream.is_open and stream.session.is_timed)
     )
     assert torch.equal(sample(streamed, steps=STEPS), expected)
     assert was_timed == [False] if packing is Packing.ALWAYS else all(was_timed)
