@@ -114,11 +114,16 @@ def _delete_other_versions(folder: Path) -> None:
 
 
 def _delete_longest_unused(folder: Path) -> None:
-    files = [path for path in folder.glob("*.safetensors") if FULL not in path.name]
-    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    found = []
+    for path in folder.glob("*.safetensors"):
+        # Another process may delete it while they are looked through.
+        with contextlib.suppress(FileNotFoundError):
+            if FULL not in path.name:
+                found.append((path.stat(), path))
+    found.sort(key=lambda file: file[0].st_mtime, reverse=True)
     kept_bytes = 0
-    for path in files:
-        kept_bytes += path.stat().st_size
+    for status, path in found:
+        kept_bytes += status.st_size
         if kept_bytes > KEPT_BYTES and not _is_wanted_by_others(path):
             # Windows refuses while a server has it open; another process may have been faster.
             with contextlib.suppress(PermissionError, FileNotFoundError):

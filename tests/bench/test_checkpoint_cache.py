@@ -91,3 +91,11 @@ def test_files_of_another_writing_code_are_deleted(folder: Path) -> None:
     other = write(folder / "older" / "a.safetensors")
     ask("a", hour=0)
     assert not other.exists()
+
+
+def test_a_file_that_another_process_deletes_meanwhile_is_passed_over(folder: Path) -> None:
+    path = ask("a", hour=0)
+    path.with_name("gone.safetensors").symlink_to(path.with_name("not there"))
+    for hour, name in enumerate(("b", "c", "d"), start=1):
+        ask(name, hour=hour)
+    assert names(folder) - {"gone"} == {"b", "c", "d"}
