@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.sampler_helpers
 
+from ..engine.python_stack import on_one_chunk
 from .beside import give_way, models_beside
 from .streams import Way
 
@@ -37,13 +38,13 @@ def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def begin_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE: note whether the run is guided, so that memory for both halves of a batch is left free."""
     guider = executor.class_obj
     stream = getattr(guider.model_patcher, "stream", None)
     if stream is not None:
         stream.is_guided = is_guided(guider)
-    return executor(*args, **kwargs)
+    return on_one_chunk(executor, *args, **kwargs)
 
 
 def is_guided(guider: Any) -> bool:

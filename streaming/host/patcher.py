@@ -31,7 +31,7 @@ from .conditioning import bring_conditioning
 from .devices import device_for, why_not
 from .families import Family
 from .ledger import keep_ledger, write_ledger
-from .passes import WRAPPER_KEY, note_guidance, note_memory, stream_pass
+from .passes import WRAPPER_KEY, begin_sampling, note_memory, stream_pass
 from .patched import baked, is_patched_when_read, patch_key
 from .planning import choose_plan, kept_whole, least_left, least_streamed_bytes
 from .run_time_patches import RunTimePatch, bring, decide
@@ -84,7 +84,7 @@ class StreamingModelPatcher(ModelPatcher):
             patcher.stream, patcher.source = stream, source
             patcher.offload_device = torch.device("cpu")  # with --highvram, ComfyUI's own is the card
             patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, stream_pass)
-            patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, note_guidance)
+            patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, begin_sampling)
             patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER_KEY, note_memory)
             patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, bring_conditioning)
             if not patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, retries.WRAPPER_KEY):  # Offload Policy adds it too

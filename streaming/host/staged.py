@@ -16,6 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from ..engine.python_stack import on_one_chunk
 from . import estimate, retries
 from .families import text_family
 from .gguf_patches import streaming_patcher_for
@@ -98,7 +99,7 @@ class StagedText:
                     looking_up,
                     ExitStack() as self._scope,
                 ):
-                    return run()
+                    return on_one_chunk(run)
             finally:
                 self._scope = self._need = None
 
