@@ -19,7 +19,7 @@ from .mapped import CAN_READ, FileSlice, Reading
 from .ring import Place
 from .store import Buffer, HostMemory
 
-BUFFERS = 4
+BUFFERS = 8
 BUFFER_BYTES = 32 * 1024**2
 
 # What is smaller is not worth the buffers.
@@ -130,39 +130,81 @@ class Turns:
     def __init__(self, device: Device, bounce: Bounce) -> None:
         self._device = device
         self._bounce = bounce
-        self._places: deque[Place] = deque()
+        self._places: list[Place] = []  # the one that was longer idle first
+        self._given: Place | None = None
+        self._begun: tuple[FileSlice, Place] | None = None
+        self._coming: deque[FileSlice] = deque()
         self._stream: Stream | None = None
 
-    def bring(self, file: FileSlice) -> torch.Tensor | None:
-        """Start to bring the bytes, uint8 [size_bytes], which stay until the call after the next; None where this
-        system cannot.
+    @property
+    def under_way(self) -> FileSlice | None:
+        """What comes though it was not asked for yet."""
+        return self._begun[0] if self._begun is not None else None
 
-        Raises OSError when the file has become shorter, and torch.OutOfMemoryError.
+    def look_ahead(self, files: Iterable[FileSlice]) -> None:
+        """Take note of what will be brought next, in this order."""
+        self._coming = deque(files)
+
+    def bring(self, file: FileSlice) -> torch.Tensor | None:
+        """Give the bytes on the device to compute, uint8 [size_bytes], which stay until the next call; None where this
+        system cannot. What is known to come next is under way then.
+
+        Raises OSError when a file has become shorter, and torch.OutOfMemoryError.
         """
         if not CAN_READ:
             return None
         compute = self._device.compute_stream()
+        if self._given is not None:
+            self._free(self._given)  # all work on it was given to compute by now
+            self._given = None
+        if self._begun is not None and self.under_way not in (file, *self._coming):
+            compute.wait_event(self._begun[1].ready)
+            self._free(self._begun[1])
+            self._begun = None
+        if self._begun is not None and self.under_way == file:
+            self._given, self._begun = self._begun[1], None
+        else:
+            self._given = self._begin(file)
+        if file in self._coming:
+            while self._coming.popleft() != file:
+                pass
+        if self._coming and self._begun is None:
+            self._begun = self._coming[0], self._begin(self._coming[0])
+        compute.wait_event(self._given.ready)
+        return self._given.memory[: file.size_bytes]
+
+    def _begin(self, file: FileSlice) -> Place:
+        """Start to bring the bytes to a place that is idle."""
+        compute = self._device.compute_stream()
         stream = self._stream = self._stream or self._device.copy_stream()
-        if self._places:
-            last = self._places[-1]  # all work on it was given to compute by now
-            last.free.record(compute)
-            self._device.note_read(last.memory, compute)
-        place = self._places.popleft() if len(self._places) == 2 else Place(0, self._device)
+        taken = {self._given, self._begun[1] if self._begun else None}
+        place = next((place for place in self._places if place not in taken), None)
+        if place is None:
+            place = Place(0, self._device)
+        else:
+            self._places.remove(place)
+        self._places.append(place)
         if place.memory.numel() < file.size_bytes:
             place.memory = torch.empty(0)
             place.memory = self._device.allocate(file.size_bytes)
             place.free.record(compute)  # which may still read there what was in this memory before
-        self._places.append(place)
         stream.wait_event(place.free)
-        memory = place.memory[: file.size_bytes]
-        self._bounce.bring(file, memory, stream)
+        self._bounce.bring(file, place.memory[: file.size_bytes], stream)
         place.ready.record(stream)
-        compute.wait_event(place.ready)
-        return memory
+        return place
+
+    def _free(self, place: Place) -> None:
+        compute = self._device.compute_stream()
+        place.free.record(compute)
+        self._device.note_read(place.memory, compute)
 
     def finish(self) -> None:
-        """Give the places back."""
+        """Give the places back, after the copies under way."""
+        if self._begun is not None:
+            self._device.compute_stream().wait_event(self._begun[1].ready)
+        self._given = self._begun = None
         self._places.clear()
+        self._coming.clear()
 
 
 def _pieces(file: FileSlice) -> list[Piece]:

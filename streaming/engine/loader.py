@@ -76,16 +76,20 @@ class BlockLoader:
         Nothing is begun while what comes next is not brought there: buffers would take RAM that slabs may have.
         """
         files: list[FileSlice] = []
+        worked_on: list[FileSlice] = []
         ahead_bytes = 0
         for number, (index, block, form, mark) in enumerate(coming):
-            found = self._files(self._brought(index, block, form, mark, will_change))
+            weights = self._brought(index, block, form, mark, will_change)
+            found = self._files(weights)
             if number == 0 and not found:
                 return
             if ahead_bytes >= AHEAD_BYTES:
                 break
             files += found
+            worked_on += self._files(weight for weight in weights if self._takes_turns(weight) and will_change(weight))
             ahead_bytes += sum(file.size_bytes for file in found) if number else 0
-        self._bounce.look_ahead(files)
+        self._bounce.look_ahead(file for file in files if file != self._turns.under_way)
+        self._turns.look_ahead(worked_on)
 
     def _brought(
         self, index: int, block: Block, form: Form, mark: Hashable, will_change: Callable[[Weight], bool]
@@ -298,20 +302,25 @@ class BlockLoader:
             file.release()
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
-        """A copy of the home tensor on the device, to work on until the call after the next; None where it is of a
-        kind, or will be stored in a dtype, that is not brought as it is, or is larger than what has room there.
+        """A copy of the home tensor on the device, to work on until the next call; None where it is of a kind, or will
+        be stored in a dtype, that is not brought as it is, or is larger than what has room there.
         """
         size_bytes = weight.codec.stored_bytes
         if not isinstance(weight.codec, RawCodec) or weight.dtype_changes or size_bytes > self.passing_bytes:
             return None
         file = self._file_of(weight.home)
-        if file is not None and 2 * size_bytes <= self.passing_bytes:
+        if file is not None and self._takes_turns(weight):
             brought = self._turns.bring(file)
             if brought is not None:
                 return weight.codec.decode(brought)
         place = self._device.allocate(size_bytes)
         self._store(weight, None, place, is_on_device=True)
         return weight.codec.decode(place)
+
+    def _takes_turns(self, weight: Weight) -> bool:
+        """Whether there is room for it and for another one that is on its way meanwhile."""
+        is_raw = isinstance(weight.codec, RawCodec) and not weight.dtype_changes
+        return is_raw and 2 * weight.codec.stored_bytes <= self.passing_bytes
 
     def reserve(self, blocks: Mapping[int, Block]) -> None:
         """Take the device memory of blocks that will stay there as they are, by their index; no hole among them stays

@@ -311,8 +311,8 @@ class Session:
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
         """For `changed` to work from: a copy of the home tensor, brought to the device faster than one by one from the
-        pages of a mapped file. It stays until the call after the next. None where that is not to be had: it takes no
-        more than ring and scratch will in a run.
+        pages of a mapped file. It stays until the next call. None where that is not to be had: it takes no more than
+        ring and scratch will in a run.
         Raises torch.OutOfMemoryError.
         """
         return self._loader.home_on_device(weight)

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no 
 
 HEADER_BYTES = 77
 BUFFER_BYTES = 1000
+BUFFERS = 4
 
 
 class LateDevice(SimulatedDevice):
@@ -35,6 +36,7 @@ class LateDevice(SimulatedDevice):
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounce, "BUFFER_BYTES", BUFFER_BYTES)
+    monkeypatch.setattr(bounce, "BUFFERS", BUFFERS)
     monkeypatch.setattr(bounce, "WORTH_BYTES", 100)
 
 
@@ -108,7 +110,7 @@ def test_what_comes_next_is_read_before_it_is_asked_for(small_buffers, monkeypat
         way.finish()
 
 
-def test_four_buffers_are_enough_and_none_is_taken_for_little(small_buffers, tmp_path):
+def test_no_more_buffers_are_taken_than_allowed_and_none_is_taken_for_little(small_buffers, tmp_path):
     written(tmp_path, 5000)
     device, host_memory = LateDevice(), HostMemory()
     with (tmp_path / "weights").open("rb") as file:
@@ -116,7 +118,7 @@ def test_four_buffers_are_enough_and_none_is_taken_for_little(small_buffers, tmp
         way.bring(FileSlice(file.fileno(), HEADER_BYTES, 99, 0), device.allocate(99))
         assert host_memory.total_bytes == 0
         way.bring(FileSlice(file.fileno(), HEADER_BYTES, 5000, 0), device.allocate(5000))
-        assert host_memory.locked_bytes == 4 * BUFFER_BYTES
+        assert host_memory.locked_bytes == BUFFERS * BUFFER_BYTES
         way.finish()
     assert host_memory.locked_bytes == 0
 
@@ -149,23 +151,52 @@ def test_where_the_system_cannot_read_so_it_says_so(monkeypatch, tmp_path):
         )
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_what_is_worked_on_stays_until_the_call_after_the_next(small_buffers, tmp_path, seed):
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_worked_on_stays_until_the_next_call_whatever_was_thought_to_come(small_buffers, tmp_path, seed):
     chance = random.Random(seed)
     expected, device = written(tmp_path, 60_000), SimulatedDevice(1 << 30, seed)
     with (tmp_path / "weights").open("rb") as file:
+        begins, sizes = chance.sample(range(30_000), 30), chance.choices((1, 99, 5_000, 29_999), k=30)
+        slices = [
+            FileSlice(file.fileno(), HEADER_BYTES + begin, size_bytes, 0)
+            for begin, size_bytes in zip(begins, sizes, strict=True)
+        ]
         way = Bounce(device, HostMemory())
         turns = Turns(device, way)
-        before = None
-        for _ in range(30):
-            begin, size_bytes = chance.randrange(30_000), chance.choice((1, 99, 5_000, 29_999))
-            found = turns.bring(FileSlice(file.fileno(), HEADER_BYTES + begin, size_bytes, 0))
-            if before is not None:
-                assert torch.equal(*before)
-            before = found, expected[begin : begin + size_bytes]
-            assert torch.equal(*before)
-            assert device.used_bytes <= 2 * 29_999
+        for number, asked in enumerate(slices):
+            if chance.random() < 0.5:
+                coming = chance.sample(slices, chance.randrange(6)) if chance.random() < 0.5 else slices[number:]
+                way.look_ahead(coming)
+                turns.look_ahead(coming)
+            if chance.random() < 0.8:
+                found, begin = turns.bring(asked), begins[number]
+                assert torch.equal(found, expected[begin : begin + asked.size_bytes])
+                assert device.used_bytes <= 2 * 29_999
         turns.finish()
         way.finish()
-    del found, before
+    del found
     assert device.used_bytes == 0
+
+
+def test_what_is_worked_on_next_is_under_way_while_compute_is_busy(small_buffers, monkeypatch, tmp_path):
+    written(tmp_path, 6000)
+    device, begun = LateDevice(), []
+    copy = device.copy
+
+    def noted(destination, source, stream, compute):
+        begun.append(stream is not compute)
+        copy(destination, source, stream, compute)
+
+    monkeypatch.setattr(device, "copy", noted)
+    with (tmp_path / "weights").open("rb") as file:
+        slices = [FileSlice(file.fileno(), HEADER_BYTES + begin, 1000, 0) for begin in range(0, 6000, 1000)]
+        way = Bounce(device, HostMemory())
+        turns = Turns(device, way)
+        turns.look_ahead(slices[:5])
+        counts = []
+        for asked in slices:
+            turns.bring(asked)
+            counts.append(len(begun))
+        turns.finish()
+        way.finish()
+    assert counts == [2, 3, 4, 5, 5, 6] and all(begun), "one ahead of what is asked for, and nothing twice"

@@ -244,4 +244,5 @@ def test_reading_ahead_reads_nothing_more(monkeypatch, tmp_path):
 
     ahead = read_bytes("ahead")
     monkeypatch.setattr(bounce.Bounce, "look_ahead", lambda *_: None)
+    monkeypatch.setattr(bounce.Turns, "look_ahead", lambda *_: None)
     assert ahead == read_bytes("not ahead") and min(ahead) < 0.01 * max(ahead)
