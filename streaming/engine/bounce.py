@@ -22,6 +22,9 @@ from .store import Buffer, HostMemory
 BUFFERS = 8
 BUFFER_BYTES = 32 * 1024**2
 
+# Several buffers are read at once, so that it need not be many pieces of each: every one asks for Python's lock.
+PIECE_BYTES = BUFFER_BYTES // 2
+
 # What is smaller is not worth the buffers.
 WORTH_BYTES = 1024**2
 
@@ -90,7 +93,7 @@ class Bounce:
 
     def _begin(self, piece: Piece, buffer: Buffer) -> None:
         stored = buffer.slab.stored[: piece.file.size_bytes - piece.begin]
-        self._begun[piece] = buffer, piece.file.begin_reading(stored, piece.begin)
+        self._begun[piece] = buffer, piece.file.begin_reading(stored, piece.begin, PIECE_BYTES)
 
     def _free_buffer(self) -> Buffer | None:
         """A buffer whose bytes are on the device; None while there is none."""

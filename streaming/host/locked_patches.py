@@ -1,8 +1,9 @@
-"""Copies of what patches hold in page-locked memory, for patches that are applied whenever a layer runs.
+"""Copies of what patches hold in page-locked memory: for good, of patches that are applied whenever a layer runs, and
+in passing, of those that are baked.
 
 In: values of `add_patches`. Out: the same, with tensors that cross the link at its full speed while the host goes on,
-or with tensors on the card that were copied from there. From ordinary memory each would be copied at a fraction of that
-speed, and the host would wait for each.
+or with tensors on the card that were copied from there. From ordinary memory each would be converted by the processor
+and copied at a fraction of that speed, and the host would wait for each, and for all that compute has to do before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ..engine.codec import align, codec_for
 from ..engine.device import Device
-from ..engine.store import HostMemory, HostMemoryFull, Slab
+from ..engine.store import Buffer, HostMemory, HostMemoryFull, Slab
+
+# Two of these are locked while patches are baked. What holds more than one, as merges do, goes its way without.
+FERRY_BYTES = 16 * 1024**2
 
 
 class Locked(NamedTuple):
@@ -25,9 +29,12 @@ class Locked(NamedTuple):
     stored: torch.Tensor
     slab: Slab
 
-    def on_card(self, memory: torch.Tensor) -> Any:
-        """Copy the bytes into `memory`, uint8 of the card and as many; give the value with its tensors there."""
-        memory.copy_(self.stored, non_blocking=True)
+    def on_card(self, memory: torch.Tensor, device: Device) -> Any:
+        """Start to copy the bytes into `memory`, uint8 of the card and as many; give the value with its tensors there,
+        for compute.
+        """
+        compute = device.compute_stream()
+        device.copy(memory, self.stored, compute, compute)
         begin = self.stored.data_ptr()
 
         def there(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,6 +64,52 @@ def page_locked(values: Sequence[Any], device: Device, memory: HostMemory, most_
         locked.append(Locked(_copied(value, stored), stored, slab))
         begin += stored.nbytes
     return locked
+
+
+class Ferry:
+    """Two page-locked buffers by way of which what patches hold reaches the card, for the time of a load: while one is
+    filled, what was in the other is on its way.
+    """
+
+    def __init__(self, device: Device, memory: HostMemory) -> None:
+        self._device = device
+        self._memory = memory
+        self._buffers: list[Buffer] = []
+        self._used_bytes = 0
+
+    def on_card(self, value: Any) -> Any:
+        """`value` with its tensors on the card, where compute finds them; itself where there are none, or too large.
+
+        Raises torch.OutOfMemoryError.
+        """
+        size_bytes = _size_bytes(value)
+        if not 0 < size_bytes <= FERRY_BYTES:
+            return value
+        if not self._buffers or self._used_bytes + size_bytes > FERRY_BYTES:
+            self._change_buffers()
+        buffer, begin = self._buffers[-1], self._used_bytes
+        self._used_bytes += size_bytes
+        stored = buffer.slab.stored[begin : self._used_bytes]
+        found = Locked(_copied(value, stored), stored, buffer.slab).on_card(
+            self._device.allocate(size_bytes), self._device
+        )
+        buffer.sent.record(self._device.compute_stream())
+        return found
+
+    def _change_buffers(self) -> None:
+        if len(self._buffers) < 2:
+            self._buffers.append(Buffer(self._device, self._memory, FERRY_BYTES))
+        else:
+            self._buffers.reverse()
+            self._buffers[-1].sent.synchronize()
+        self._used_bytes = 0
+
+    def close(self) -> None:
+        """Give the buffers back, after the copies from them."""
+        for buffer in self._buffers:
+            buffer.sent.synchronize()
+            buffer.slab.close()
+        self._buffers.clear()
 
 
 def _size_bytes(value: Any) -> int:

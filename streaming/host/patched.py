@@ -16,6 +16,7 @@ import torch
 from ..engine.block import Block, Weight
 from ..engine.moving import cut_of
 from .casting import FLAG
+from .locked_patches import Ferry
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
@@ -44,11 +45,11 @@ def patch_key(patcher: StreamingModelPatcher, weight: Weight) -> str | None:
     return None
 
 
-def baked(patcher: StreamingModelPatcher, weight: Weight) -> torch.Tensor | None:
+def baked(patcher: StreamingModelPatcher, ferry: Ferry, weight: Weight) -> torch.Tensor | None:
     """The weight with its patches, worked out by ComfyUI on the card as for a full load; None if it has none.
 
     ComfyUI converts what is not on the card yet on the processor, and copies it from there at a fraction of the link's
-    speed. So it gets the weight on the card, where there is room, and a backup that is not.
+    speed. So it gets the weight and what the patches hold on the card, where there is room, and a backup that is not.
     """
     key = patch_key(patcher, weight)
     if key is None:
@@ -58,7 +59,12 @@ def baked(patcher: StreamingModelPatcher, weight: Weight) -> torch.Tensor | None
     if on_card is not None:
         patcher.backup.setdefault(key, Backup(comfy.utils.get_attr(patcher.model, key), inplace_update=False))
         weight.put(on_card)
-    patcher.patch_weight_to_device(key, device_to=patcher.load_device)
+    held = patcher.patches[key]
+    patcher.patches[key] = ferry.on_card(held)
+    try:
+        patcher.patch_weight_to_device(key, device_to=patcher.load_device)
+    finally:
+        patcher.patches[key] = held
     return comfy.utils.get_attr(patcher.model, key)
 
 

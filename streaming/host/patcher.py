@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,14 @@ from ..engine.block import Weight
 from ..engine.plan import BudgetTooSmall, Packing, Plan
 from ..engine.session import Marks
 from . import retries
-from .budget import leave_budget, within
+from .budget import host_memory, leave_budget, within
 from .casting import FLAG
 from .compiling import is_compiled, unless_streaming
 from .conditioning import bring_conditioning
 from .devices import device_for, why_not
 from .families import Family
 from .ledger import keep_ledger, write_ledger
+from .locked_patches import Ferry
 from .passes import WRAPPER_KEY, begin_sampling, note_memory, stream_pass
 from .patched import baked, is_patched_when_read, patch_key
 from .planning import choose_plan, kept_whole, least_left, least_streamed_bytes
@@ -227,18 +228,18 @@ class StreamingModelPatcher(ModelPatcher):
         """
         session = self.stream.session
         progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
-        marks = self._marks()
+        marks, ferry = self._marks(), Ferry(self.stream.device, host_memory())
         # Scheduled hooks change weights in place, where a file cannot be changed.
         load = partial(
             session.load,
             marks=marks,
-            changed=partial(baked, self),
+            changed=partial(baked, self, ferry),
             will_change=lambda weight: patch_key(self, weight) is not None,
             progress=progress,
             afresh=afresh,
             all_in_slabs=bool(self.hook_patches),
         )
-        with self._without_hooks(), self.stream.moving():
+        with self._without_hooks(), self.stream.moving(), closing(ferry):
             has_moved = load(plan)
             if session.device_bytes > plan.device_bytes + SMALL_EXCESS_BYTES:
                 is_all_streamed = not plan.resident_bytes

@@ -55,10 +55,10 @@ class RunTimePatch(LowVramPatch):
         """Bytes of the card that it takes."""
         return self.locked_bytes if self._on_card is not None else 0
 
-    def bring(self, memory: torch.Tensor) -> None:
+    def bring(self, memory: torch.Tensor, device: Device) -> None:
         """Have its tensors on the card too, in `memory`, uint8 [locked_bytes]."""
         assert self.locked is not None
-        held = {self.key: self.locked.on_card(memory)}
+        held = {self.key: self.locked.on_card(memory, device)}
         self._on_card = LowVramPatch(self.key, held, self.convert_func, self.set_func)
 
     def leave(self) -> None:
@@ -107,7 +107,7 @@ def bring(patcher: StreamingModelPatcher, allowed_bytes: float) -> None:
         with suppress(torch.OutOfMemoryError):
             memory = stream.device.allocate(size_bytes)
             for patch, piece in zip(wanted, memory.split([patch.locked_bytes for patch in wanted]), strict=True):
-                patch.bring(piece)
+                patch.bring(piece, stream.device)
             stream.brought = wanted
 
 

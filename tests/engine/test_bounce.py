@@ -90,9 +90,9 @@ def test_what_comes_next_is_read_before_it_is_asked_for(small_buffers, monkeypat
     begun = []
     begin_reading = FileSlice.begin_reading
 
-    def noted(self, stored, begin):
+    def noted(self, stored, begin, piece_bytes):
         begun.append(self.offset + begin - HEADER_BYTES)
-        return begin_reading(self, stored, begin)
+        return begin_reading(self, stored, begin, piece_bytes)
 
     monkeypatch.setattr(FileSlice, "begin_reading", noted)
     device = LateDevice()

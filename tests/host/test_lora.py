@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from comfy.utils import get_attr
+from layerstream.streaming.host.locked_patches import FERRY_BYTES
 from layerstream.streaming.host.patcher import StreamingModelPatcher
 
 from loras import apply, assert_survives_a_retry, assert_survives_faults, make_lora
@@ -125,7 +126,7 @@ def test_only_blocks_that_a_lora_touches_are_loaded_again(card, load, sample):
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
-def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_no_memory(load, sample, monkeypatch, is_packed):
+def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_buffers_only(load, sample, monkeypatch, is_packed):
     on_simulated_card(monkeypatch, seed=5, is_packed=is_packed)
     model = load("flux", size="tiny")
     lora = make_lora(model, seed=1)
@@ -143,8 +144,9 @@ def test_a_changed_strength_bakes_what_the_lora_touches_and_locks_no_memory(load
         changed = apply(streamed, lora, strength)
         for _ in range(2):
             assert torch.equal(sample(changed), result)
-        assert sorted(baked) == sorted(changed.patches) and not locked
+        assert sorted(baked) == sorted(changed.patches) and set(locked) == {FERRY_BYTES}
         baked.clear()
+        locked.clear()
     sample(streamed)
     assert not baked and not locked
 
@@ -158,16 +160,23 @@ def test_weights_are_on_the_card_before_they_are_patched_and_their_backups_are_n
     session = streamed.stream.session
     homes = {streamed.stream.key(weight.keys[0]): weight for block in session.parts.blocks for weight in block.weights}
     used, bake = [], StreamingModelPatcher.patch_weight_to_device
+    held = {tensor.data_ptr() for tensor in lora.values()}
+
+    def holds(patcher, key):
+        return {tensor.data_ptr() for tensor in patcher.patches[key][0][1].weights[:2]}
 
     def note_and_bake(self, key, *args, **options):
         given = get_attr(self.model, key)
         if key in homes:
             assert given.data_ptr() != homes[key].home.data_ptr() == self.backup[key].weight.data_ptr()
+            assert holds(self, key).isdisjoint(held), "what the patch holds is on the card too"
             used.append(session.device.used_bytes)
         return bake(self, key, *args, **options)
 
     monkeypatch.setattr(StreamingModelPatcher, "patch_weight_to_device", note_and_bake)
-    assert torch.equal(sample(apply(streamed, lora, 1.0)), expected) and used
+    patched = apply(streamed, lora, 1.0)
+    assert torch.equal(sample(patched), expected) and used
+    assert all(holds(patched, key) <= held for key in patched.patches), "but not for good"
     assert torch.equal(sample(streamed), plain)
     streamed.detach()
     assert_same_weights(model, before)
