@@ -74,6 +74,16 @@ def anonymous_pages(size_bytes: int) -> torch.Tensor:
         return torch.frombuffer(pages, dtype=torch.uint8)
 
 
+def copy_alone(source: torch.Tensor, destination: torch.Tensor) -> None:
+    """Copy the bytes of contiguous host memory in the calling thread, which is quickest while others read.
+
+    torch shares out what has more than 32,768 values among as many threads as there are processors, and waits for each
+    of them to get one: 2 MB took 7 ms beside reading, and take 0.3.
+    """
+    assert source.is_contiguous() and destination.is_contiguous() and destination.nbytes >= source.nbytes
+    ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.nbytes)
+
+
 def populate(memory: torch.Tensor) -> None:
     """Have the pages of `memory`, as `anonymous_pages` gives it, there before anyone touches them, where the system can
     do that: locking them would have them cleared one after another.

@@ -16,6 +16,7 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ..engine.codec import align, codec_for
 from ..engine.device import Device
+from ..engine.pages import copy_alone
 from ..engine.store import Buffer, HostMemory, HostMemoryFull, Slab
 
 # Two of these are locked while patches are baked. What holds more than one, as merges do, goes its way without.
@@ -131,7 +132,10 @@ def _copied(value: Any, stored: torch.Tensor) -> Any:
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal begin
         codec, place = codec_for(tensor), stored[begin:]
-        codec.encode(tensor, place)
+        if tensor.is_contiguous():
+            copy_alone(tensor, place)
+        else:
+            codec.encode(tensor, place)
         begin += align(codec.stored_bytes)
         return codec.decode(place)
 

@@ -111,3 +111,16 @@ def test_a_system_that_refuses_gives_pages_as_they_are_touched(monkeypatch):
     memory = pages.anonymous_pages(MIB)
     pages.populate(memory)
     assert not memory.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
+def test_bytes_are_copied_and_none_behind_them(dtype):
+    source = torch.randint(256, (1001 * dtype.itemsize,), dtype=torch.uint8).view(dtype)
+    destination = torch.full((source.nbytes + 9,), 7, dtype=torch.uint8)
+    pages.copy_alone(source, destination)
+    assert torch.equal(destination[: source.nbytes], source.view(torch.uint8)) and (destination[-9:] == 7).all()
+
+
+def test_memory_that_is_too_small_is_not_written():
+    with pytest.raises(AssertionError):
+        pages.copy_alone(torch.zeros(10), torch.zeros(39, dtype=torch.uint8))

@@ -42,7 +42,8 @@ def tensors_in(value) -> list[torch.Tensor]:
 def patches(chance: random.Random) -> list[tuple]:
     """As `add_patches` keeps them for one weight: a LoRA in bf16, and a difference with some bias in f32."""
     rows, rank = chance.randrange(1, 120), chance.randrange(1, 8)
-    lora = (torch.randn(rows, rank).bfloat16(), torch.randn(rank, 30).bfloat16(), 4.0, None, None, None)
+    turned = torch.randn(30, rank).bfloat16().T  # as some tools save them
+    lora = (torch.randn(rows, rank).bfloat16(), turned, 4.0, None, None, None)
     difference = ("diff", (torch.randn(chance.randrange(1, 300)), {"pad_weight": False}))
     return [(0.7, LoRAAdapter({"a"}, lora), 1.0, None, None), (1.0, difference, 1.0, None, None)]
 
