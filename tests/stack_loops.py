@@ -11,16 +11,14 @@ from collections.abc import Callable
 
 import pytest
 
+resource = pytest.importorskip("resource")
+
 CALLS = 100
 SLOTS = range(4, 8192, 4)
 
-KEPT_SINCE = {13: (3, 13, 13), 14: (3, 14, 4)}
-"""The releases of older versions that keep a chunk, by the second number."""
-
-maps_anew = platform.python_implementation() == "CPython" and (
-    (3, 11) <= sys.version_info[:3] < KEPT_SINCE.get(sys.version_info.minor, (3, 15))
-)
-"""Whether this Python maps a chunk in each call across the end of one."""
+maps_anew = platform.python_implementation() == "CPython" and sys.version_info[:2] in ((3, 11), (3, 12))
+"""Whether this Python is known to map a chunk in each call across the end of one; later ones keep it, from some release
+on."""
 
 
 def _leaf() -> None:
@@ -29,7 +27,6 @@ def _leaf() -> None:
 
 def loop() -> int:
     """Call CALLS times; give the pages that it took."""
-    resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
     for _ in range(CALLS):
         _leaf()

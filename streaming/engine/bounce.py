@@ -22,9 +22,6 @@ from .store import Buffer, HostMemory
 BUFFERS = 8
 BUFFER_BYTES = 32 * 1024**2
 
-# Several buffers are read at once, so that it need not be many pieces of each: every one asks for Python's lock.
-PIECE_BYTES = BUFFER_BYTES // 2
-
 # What is smaller is not worth the buffers.
 WORTH_BYTES = 1024**2
 
@@ -93,7 +90,7 @@ class Bounce:
 
     def _begin(self, piece: Piece, buffer: Buffer) -> None:
         stored = buffer.slab.stored[: piece.file.size_bytes - piece.begin]
-        self._begun[piece] = buffer, piece.file.begin_reading(stored, piece.begin, PIECE_BYTES)
+        self._begun[piece] = buffer, piece.file.begin_reading(stored, piece.begin)
 
     def _free_buffer(self) -> Buffer | None:
         """A buffer whose bytes are on the device; None while there is none."""
@@ -160,11 +157,11 @@ class Turns:
         if self._given is not None:
             self._free(self._given)  # all work on it was given to compute by now
             self._given = None
-        if self._begun is not None and self.under_way not in (file, *self._coming):
+        if self._begun is not None and self._begun[0] not in (file, *self._coming):
             compute.wait_event(self._begun[1].ready)
             self._free(self._begun[1])
             self._begun = None
-        if self._begun is not None and self.under_way == file:
+        if self._begun is not None and self._begun[0] == file:
             self._given, self._begun = self._begun[1], None
         else:
             self._given = self._begin(file)

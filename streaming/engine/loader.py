@@ -1,7 +1,8 @@
 """Brings the weights of one block to where a plan wants them: into a slab on the host, or to the device for good.
 
 In: a block, its form, and what its weights are to hold. Out: a `MovingBlock` for the pipeline, or residents in the
-module. Slabs are kept and used again as long as they hold what is asked for.
+module. Slabs are kept and used again as long as they hold what is asked for. The file is long because all ways to a
+form go by the same marks, which say what a slab holds.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class BlockLoader:
             if ahead_bytes >= AHEAD_BYTES:
                 break
             files += found
-            worked_on += self._files(weight for weight in weights if self._takes_turns(weight) and will_change(weight))
+            if mark is not None:
+                worked_on += self._files(w for w in weights if self._has_room(w, 2) and will_change(w))
             ahead_bytes += sum(file.size_bytes for file in found) if number else 0
         self._bounce.look_ahead(file for file in files if file != self._turns.under_way)
         self._turns.look_ahead(worked_on)
@@ -305,22 +307,21 @@ class BlockLoader:
         """A copy of the home tensor on the device, to work on until the next call; None where it is of a kind, or will
         be stored in a dtype, that is not brought as it is, or is larger than what has room there.
         """
-        size_bytes = weight.codec.stored_bytes
-        if not isinstance(weight.codec, RawCodec) or weight.dtype_changes or size_bytes > self.passing_bytes:
+        if not self._has_room(weight):
             return None
         file = self._file_of(weight.home)
-        if file is not None and self._takes_turns(weight):
+        if file is not None and self._has_room(weight, 2):
             brought = self._turns.bring(file)
             if brought is not None:
                 return weight.codec.decode(brought)
-        place = self._device.allocate(size_bytes)
+        place = self._device.allocate(weight.codec.stored_bytes)
         self._store(weight, None, place, is_on_device=True)
         return weight.codec.decode(place)
 
-    def _takes_turns(self, weight: Weight) -> bool:
-        """Whether there is room for it and for another one that is on its way meanwhile."""
+    def _has_room(self, weight: Weight, count: int = 1) -> bool:
+        """Whether `weight` is brought to the device as it is, where `count` of its size have room."""
         is_raw = isinstance(weight.codec, RawCodec) and not weight.dtype_changes
-        return is_raw and 2 * weight.codec.stored_bytes <= self.passing_bytes
+        return is_raw and count * weight.codec.stored_bytes <= self.passing_bytes
 
     def reserve(self, blocks: Mapping[int, Block]) -> None:
         """Take the device memory of blocks that will stay there as they are, by their index; no hole among them stays

@@ -61,11 +61,11 @@ class FileSlice(NamedTuple):
             self.begin_reading(stored, 0).finish()
         return True
 
-    def begin_reading(self, stored: torch.Tensor, begin: int, piece_bytes: int = PIECE_BYTES) -> Reading:
+    def begin_reading(self, stored: torch.Tensor, begin: int) -> Reading:
         """Start to fill uint8 host memory with the bytes from `begin` on. Only where the system can read so."""
         assert begin + stored.numel() <= self.size_bytes
-        starts = range(begin, begin + stored.numel(), piece_bytes)
-        pieces = zip(starts, stored.split(piece_bytes), strict=True)
+        starts = range(begin, begin + stored.numel(), PIECE_BYTES)
+        pieces = zip(starts, stored.split(PIECE_BYTES), strict=True)
         return Reading([threads.submit(self._read, start, piece) for start, piece in pieces])
 
     def _read(self, begin: int, stored: torch.Tensor) -> None:

@@ -118,7 +118,7 @@ def _size_bytes(value: Any) -> int:
     sizes: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(align(codec_for(tensor).stored_bytes))
+        sizes.append(align(tensor.nbytes))
         return tensor
 
     _replaced(value, note)

@@ -39,7 +39,9 @@ def stream_pass(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def begin_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """OUTER_SAMPLE: note whether the run is guided, so that memory for both halves of a batch is left free."""
+    """OUTER_SAMPLE: note whether the run is guided, so that memory for both halves of a batch is left free; what it
+    calls has room on Python's stack.
+    """
     guider = executor.class_obj
     stream = getattr(guider.model_patcher, "stream", None)
     if stream is not None:

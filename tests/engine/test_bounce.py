@@ -15,22 +15,13 @@ from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.engine.store import HostMemory
 
+from late_device import LateDevice
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no call to read so")
 
 HEADER_BYTES = 77
 BUFFER_BYTES = 1000
 BUFFERS = 4
-
-
-class LateDevice(SimulatedDevice):
-    """Its copies run as late as they may, compute's own too."""
-
-    def __init__(self) -> None:
-        super().__init__(1 << 30)
-        self._late = self.copy_stream()
-
-    def compute_stream(self):
-        return self._late
 
 
 @pytest.fixture
@@ -90,9 +81,9 @@ def test_what_comes_next_is_read_before_it_is_asked_for(small_buffers, monkeypat
     begun = []
     begin_reading = FileSlice.begin_reading
 
-    def noted(self, stored, begin, piece_bytes):
+    def noted(self, stored, begin):
         begun.append(self.offset + begin - HEADER_BYTES)
-        return begin_reading(self, stored, begin, piece_bytes)
+        return begin_reading(self, stored, begin)
 
     monkeypatch.setattr(FileSlice, "begin_reading", noted)
     device = LateDevice()

@@ -8,7 +8,7 @@ from layerstream.streaming.engine.python_stack import on_one_chunk
 from stack_loops import CALLS, loop, maps_anew, most_faults
 
 
-@pytest.mark.skipif(not maps_anew, reason="this Python keeps the chunk")
+@pytest.mark.skipif(not maps_anew, reason="this Python may keep the chunk")
 def test_somewhere_a_loop_maps_memory_in_every_call():
     assert most_faults() >= CALLS
 

@@ -7,23 +7,13 @@ import random
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.engine.store import HostMemory
 from layerstream.streaming.host import locked_patches
 from layerstream.streaming.host.locked_patches import Ferry
 
+from late_device import LateDevice
+
 FERRY_BYTES = 8192
-
-
-class LateDevice(SimulatedDevice):
-    """Its copies run as late as they may."""
-
-    def __init__(self) -> None:
-        super().__init__(1 << 30)
-        self._late = self.copy_stream()
-
-    def compute_stream(self):
-        return self._late
 
 
 @pytest.fixture(autouse=True)
