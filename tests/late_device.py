@@ -1,4 +1,4 @@
-"""A simulated card whose copies run as late as they may, compute's own too."""
+"""A simulated card on which compute may be as late as copies are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from layerstream.streaming.engine.simulated import SimulatedDevice, SimulatedStr
 
 
 class LateDevice(SimulatedDevice):
-    """Compute's stream defers its work as those of copies do."""
+    """Compute's stream defers its work as those of copies do; `seed` says which runs when."""
 
-    def __init__(self) -> None:
-        super().__init__(1 << 30)
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(1 << 30, seed)
         self._late = self.copy_stream()
 
     def compute_stream(self) -> SimulatedStream:

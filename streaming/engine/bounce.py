@@ -154,23 +154,23 @@ class Turns:
         if not CAN_READ:
             return None
         compute = self._device.compute_stream()
-        if self._given is not None:
-            self._free(self._given)  # all work on it was given to compute by now
+        if self._given is not None:  # all work on it was given to compute by now
+            self._given.free.record(compute)
+            self._device.note_read(self._given.memory, compute)
             self._given = None
-        if self._begun is not None and self._begun[0] not in (file, *self._coming):
-            compute.wait_event(self._begun[1].ready)
-            self._free(self._begun[1])
-            self._begun = None
         if self._begun is not None and self._begun[0] == file:
             self._given, self._begun = self._begun[1], None
         else:
+            if self.under_way not in self._coming:
+                self._begun = None
             self._given = self._begin(file)
+        # Before the next is begun: that may be copied on compute, to where what came in vain is still on its way.
+        compute.wait_event(self._given.ready)
         if file in self._coming:
             while self._coming.popleft() != file:
                 pass
         if self._coming and self._begun is None:
             self._begun = self._coming[0], self._begin(self._coming[0])
-        compute.wait_event(self._given.ready)
         return self._given.memory[: file.size_bytes]
 
     def _begin(self, file: FileSlice) -> Place:
@@ -192,11 +192,6 @@ class Turns:
         self._bounce.bring(file, place.memory[: file.size_bytes], stream)
         place.ready.record(stream)
         return place
-
-    def _free(self, place: Place) -> None:
-        compute = self._device.compute_stream()
-        place.free.record(compute)
-        self._device.note_read(place.memory, compute)
 
     def finish(self) -> None:
         """Give the places back, after the copies under way."""

@@ -191,3 +191,40 @@ def test_what_is_worked_on_next_is_under_way_while_compute_is_busy(small_buffers
         turns.finish()
         way.finish()
     assert counts == [2, 3, 4, 5, 5, 6] and all(begun), "one ahead of what is asked for, and nothing twice"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_compute_has_still_to_read_is_not_overwritten(small_buffers, tmp_path, seed):
+    expected, device = written(tmp_path, 60_000), LateDevice(seed)
+    results = []
+    with (tmp_path / "weights").open("rb") as file:
+        slices = [FileSlice(file.fileno(), HEADER_BYTES + begin, 3000, 0) for begin in range(0, 60_000, 3000)]
+        way = Bounce(device, HostMemory())
+        turns = Turns(device, way)
+        for number, asked in enumerate(slices):
+            if seed % 2:
+                turns.look_ahead(slices[number:])
+            found, result = turns.bring(asked), torch.empty(3000, dtype=torch.uint8)
+            device.compute_stream().append(lambda result=result, found=found: result.copy_(found))
+            results.append(result)
+        turns.finish()
+        device.compute_stream().synchronize()
+        way.finish()
+    assert torch.equal(torch.cat(results), expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_came_in_vain_does_not_come_over_what_was_asked_for_after_it(small_buffers, tmp_path, seed):
+    expected, device = written(tmp_path, 6000), SimulatedDevice(1 << 30, seed)
+    with (tmp_path / "weights").open("rb") as file:
+        way = Bounce(device, HostMemory())
+        turns = Turns(device, way)
+        first, vain = (FileSlice(file.fileno(), HEADER_BYTES + begin, 1000, 0) for begin in (0, 1000))
+        turns.look_ahead([first, vain])
+        turns.bring(first)
+        little = [FileSlice(file.fileno(), HEADER_BYTES + begin, 99, 0) for begin in (2000, 3000)]
+        turns.look_ahead(little)
+        for asked, begin in zip(little, (2000, 3000), strict=True):
+            assert torch.equal(turns.bring(asked), expected[begin : begin + 99])
+        way.finish()
+        turns.finish()
