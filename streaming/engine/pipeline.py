@@ -135,8 +135,9 @@ class Pipeline:
         self._visits.clear()
         for index in list(self._bound):
             self._unbind(index)
-        if not whole:
-            self._walk.abandon()
+        if not whole:  # nothing is learned from it
+            if self._staging is not None:
+                self._staging.discard()  # what was read ahead may have failed with it, and shall not fail the next pass
         elif self._walk.finish():
             self._copying.ring.arrange(self._walk.order)
             self._restoring.ring.arrange(self._walk.order)

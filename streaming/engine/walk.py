@@ -26,6 +26,7 @@ class Walk:
         return tuple(self._order)
 
     def begin(self) -> None:
+        """Begin a pass, whatever became of the one before."""
         self._ahead = deque(self._order)
         self._trace = []
 
@@ -54,7 +55,3 @@ class Walk:
         self._previous = self._trace
         self.begin()
         return is_new
-
-    def abandon(self) -> None:
-        """End a pass that broke off: nothing is learned from it."""
-        self.begin()

@@ -13,18 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from layerstream.streaming.engine import bounce, mapped
-from layerstream.streaming.engine.block import take_apart
 from layerstream.streaming.engine.mapped import FileSlice
-from layerstream.streaming.engine.packing import PlainPacker
-from layerstream.streaming.engine.session import Marks, Session
-from layerstream.streaming.engine.simulated import SimulatedDevice
+from layerstream.streaming.engine.session import Marks
 
+from mapped_walker import HEADER_BYTES, MappedWalker
 from walkers import make_input, make_walker, one_pass, plan_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
-
-# As in safetensors files, weights begin anywhere.
-HEADER_BYTES = 1000
 
 
 def resident_bytes(path: Path) -> int:
@@ -36,32 +31,6 @@ def resident_bytes(path: Path) -> int:
         elif is_ours and line.startswith("Rss:"):
             found += 1024 * int(line.split()[1])
     return found
-
-
-class MappedWalker:
-    """A walker whose weights are mapped from a file, and where in it they are."""
-
-    def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.path = path
-        self.walker = make_walker(width=256, inner=(1024,), dtype=dtype)
-        parameters = dict(self.walker.named_parameters())
-        stored = (bytes(parameter.view(torch.uint8).numpy()) for parameter in parameters.values())
-        path.write_bytes(bytes(HEADER_BYTES) + b"".join(stored))
-        self.file = path.open("rb")
-        memory = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.slices: dict[int, FileSlice] = {}
-        offset = HEADER_BYTES
-        for parameter in parameters.values():
-            mapped = torch.frombuffer(memory, dtype=dtype, count=parameter.numel(), offset=offset)
-            self.slices[mapped.data_ptr()] = FileSlice(self.file.fileno(), offset, mapped.nbytes, mapped.data_ptr())
-            parameter.data = mapped.view(parameter.shape)
-            offset += mapped.nbytes
-        self.size_bytes = offset
-
-    def attach(self, dtype: torch.dtype | None = None) -> Session:
-        parts = take_apart(self.walker, self.walker.units(), lambda module, name: dtype)
-        device = SimulatedDevice(1 << 30, packer=PlainPacker())
-        return Session(parts, device, lambda _: True, file_of=lambda tensor: self.slices.get(tensor.data_ptr()))
 
 
 @pytest.fixture

@@ -200,6 +200,29 @@ def test_a_read_that_fails_ends_the_pass_and_the_next_one_is_whole():
             assert torch.equal(one_pass(session, walker, x), expected)
 
 
+def test_reads_that_fail_together_end_one_pass_only():
+    walker = make_walker(count=COUNT)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, SimulatedDevice(1 << 30), 0.0)
+    session.load(plan_for(session, ALL_STREAMED))
+    failing, store = threading.Event(), session._loader._store
+
+    def fail_or_store(weight, *args):
+        if failing.is_set() and not weight.keys[0].startswith("blocks.0."):
+            raise OSError("the file is gone")
+        store(weight, *args)
+
+    session._loader._store = fail_or_store
+    failing.set()
+    with pytest.raises(OSError, match="the file is gone"):
+        one_pass(session, walker, x)
+    session._pipeline._staging._reader.submit(int).result()  # what was to be read ahead has been, or has failed
+    failing.clear()
+    for _ in range(2):
+        assert torch.equal(one_pass(session, walker, x), expected)
+
+
 def test_sessions_that_come_and_go_leave_no_thread_and_no_locked_memory():
     walker = make_walker(count=COUNT)
     x, device = make_input(walker), SimulatedDevice(1 << 30)
