@@ -14,7 +14,7 @@ from scripts.hosts import Host
 from scripts.server import Server
 
 MOST_A_SECOND = 4
-# The server's clock and the network's: a message may come a little early after one that came late.
+# One may be made a little early after one that was made late.
 JITTER_S = 0.12
 
 
@@ -44,7 +44,8 @@ def test_messages_come_while_something_runs_and_only_then(listened: Listener) ->
 
 
 def test_messages_are_at_most_four_a_second(listened: Listener) -> None:
-    times = [when for when, _ in listened.messages]
+    """By when they were made: on a busy machine some arrive late, and close to the next."""
+    times = [moment["time_s"] for _, moment in listened.messages]
     for begin in times:
         assert sum(begin <= when < begin + 1 - JITTER_S for when in times) <= MOST_A_SECOND
 
