@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -175,20 +176,26 @@ def test_blocks_that_run_in_another_order_or_not_at_all():
             assert torch.equal(one_pass(session, walker, x), walker(x))
 
 
+def reads_that_fail(session: Session, fails: Callable[[str], bool]) -> threading.Event:
+    """While what this gives is set, weights of such names cannot be read."""
+    failing, store = threading.Event(), session._loader._store
+
+    def fail_or_store(weight, *args):
+        if failing.is_set() and fails(weight.keys[0]):
+            raise OSError("the file is gone")
+        store(weight, *args)
+
+    session._loader._store = fail_or_store
+    return failing
+
+
 def test_a_read_that_fails_ends_the_pass_and_the_next_one_is_whole():
     walker = make_walker(count=COUNT)
     x = make_input(walker)
     expected = walker(x)
     session = attach(walker, SimulatedDevice(1 << 30), 0.0)
     session.load(plan_for(session, ALL_STREAMED))
-    failing, store = threading.Event(), session._loader._store
-
-    def fail_or_store(weight, *args):
-        if failing.is_set() and weight.keys[0].startswith("blocks.7."):
-            raise OSError("the file is gone")
-        store(weight, *args)
-
-    session._loader._store = fail_or_store
+    failing = reads_that_fail(session, lambda name: name.startswith("blocks.7."))
     assert torch.equal(one_pass(session, walker, x), expected)
     for _ in range(2):
         failing.set()
@@ -206,14 +213,7 @@ def test_reads_that_fail_together_end_one_pass_only():
     expected = walker(x)
     session = attach(walker, SimulatedDevice(1 << 30), 0.0)
     session.load(plan_for(session, ALL_STREAMED))
-    failing, store = threading.Event(), session._loader._store
-
-    def fail_or_store(weight, *args):
-        if failing.is_set() and not weight.keys[0].startswith("blocks.0."):
-            raise OSError("the file is gone")
-        store(weight, *args)
-
-    session._loader._store = fail_or_store
+    failing = reads_that_fail(session, lambda name: not name.startswith("blocks.0."))
     failing.set()
     with pytest.raises(OSError, match="the file is gone"):
         one_pass(session, walker, x)
