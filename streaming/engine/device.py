@@ -17,6 +17,9 @@ from .pages import keep_freed_pages
 
 logger = logging.getLogger("layerstream")
 
+# From <driver_types.h>, and HIP's <hip_runtime_api.h>; torch has no name for it. Where it is not known it is refused.
+REGISTER_READ_ONLY = 0x08
+
 
 class Event(Protocol):
     """A point in a stream's work; the same meaning as torch.cuda.Event. Only a timed one tells times."""
@@ -77,8 +80,10 @@ class Device(Protocol):
     def compute_stream(self) -> Stream: ...
     def event(self, is_timed: bool = False) -> Event: ...
 
-    def page_lock(self, memory: torch.Tensor) -> bool:
-        """Lock a host uint8 tensor's pages, in any thread; False when the system refuses."""
+    def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
+        """Lock a host uint8 tensor's pages, in any thread; False when the system refuses. Those of a file are locked
+        where the system keeps them, for reading.
+        """
 
     def page_unlock(self, address: int) -> None: ...
 
@@ -161,10 +166,11 @@ class CudaDevice:
     def event(self, is_timed: bool = False) -> Event:
         return torch.cuda.Event(enable_timing=is_timed)  # type: ignore[return-value]
 
-    def page_lock(self, memory: torch.Tensor) -> bool:
+    def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
         # Every thread has a device of its own that is current, and an error of its own that was last.
         with torch.cuda.device(self.torch_device):
-            failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0
+            flags = REGISTER_READ_ONLY if is_file else 0
+            failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)) != 0
             if failed:
                 self._clear_error()
         return not failed

@@ -52,11 +52,15 @@ class HostRoom:
                 if spare_bytes < 0:
                     store.drop(index)
 
+    def is_readable(self, index: int) -> bool:
+        """Whether what block `index` holds is what its file does, and stays so while it has a slab."""
+        return index in self._readable
+
     def may_replace(self, index: int, size_bytes: int) -> bool:
         """Whether a slab of `size_bytes` may take the place of the one of block `index`; where it must, it may."""
         old = self._store.get(index)
-        most_bytes = self._store.host_memory.room_for_copies() + (old.size_bytes if old is not None else 0)
-        return size_bytes <= most_bytes or index not in self._readable
+        more_bytes = size_bytes - (old.size_bytes if old is not None else 0)
+        return more_bytes <= 0 or index not in self._readable or more_bytes <= self._store.host_memory.room_for_copies()
 
     def may_shelve(self, block: Block, size_bytes: int) -> bool:
         """Whether there is room for a copy of resident `block` beside what streams."""

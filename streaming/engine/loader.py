@@ -13,16 +13,18 @@ import torch
 
 from .block import Block, Weight, as_parameter
 from .block_packer import BlockPacker
-from .bounce import Bounce, Turns
+from .bounce import Bounce, Returns, Turns
 from .codec import RawCodec, codec_for
 from .device import Device
 from .forecast import Form
+from .host_memory import HostMemory
 from .host_room import HostRoom
 from .mapped import FileSlice
 from .moving import KEPT, MovingBlock, cut_of
+from .originals import Originals
 from .packing import Layout
 from .staging import Staged
-from .store import HostMemory, HostStore, Slab, packed_slab_bytes
+from .store import FileSlab, HostStore, Slab, Stretch, packed_slab_bytes
 
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
@@ -53,14 +55,18 @@ class BlockLoader:
         self.store = HostStore(device, host_memory)
         self.host_room = HostRoom(self.store, keep_home)
         self.packer = BlockPacker(device)
-        self._bounce = Bounce(device, host_memory)
+        self.originals = Originals(device, host_memory)
+        self._bounce = Bounce(device, host_memory, self.originals)
         self._turns = Turns(device, self._bounce)
+        self._returns = Returns(device)
         self._device = device
         self._keep_home = keep_home
         self._file_of = file_of
         # What will pass through the device in a run, and is not there yet while loading.
         self.passing_bytes = 0
         self._marks: dict[int, Hashable] = {}
+        # What of each block is read ahead, and of that what is worked on, as it was found in this load.
+        self._foreseen: dict[int, tuple[list[FileSlice], list[FileSlice]]] = {}
         self._reserved: dict[int, torch.Tensor] = {}
 
     @property
@@ -80,16 +86,19 @@ class BlockLoader:
         worked_on: list[FileSlice] = []
         ahead_bytes = 0
         for number, (index, block, form, mark) in enumerate(coming):
-            weights = self._brought(index, block, form, mark, will_change)
-            found = self._files(weights)
+            if index not in self._foreseen:
+                weights = self._brought(index, block, form, mark, will_change)
+                changing = [w for w in weights if mark is not None and self._has_room(w, 2) and will_change(w)]
+                self._foreseen[index] = self._files(weights), self._files(changing)
+            found, changing_files = self._foreseen[index]
             if number == 0 and not found:
                 return
             if ahead_bytes >= AHEAD_BYTES:
                 break
             files += found
-            if mark is not None:
-                worked_on += self._files(w for w in weights if self._has_room(w, 2) and will_change(w))
+            worked_on += changing_files
             ahead_bytes += sum(file.size_bytes for file in found) if number else 0
+        self.originals.lock(files)
         self._bounce.look_ahead(file for file in files if file != self._turns.under_way)
         self._turns.look_ahead(worked_on)
 
@@ -125,7 +134,7 @@ class BlockLoader:
         if not form.is_packed:
             return self._place_raw(index, block, cut, form, mark, changed)
         slab = self._valid_slab(index, mark, is_packed=True)
-        if form.is_streamed and slab is not None and slab.layout is not None:
+        if form.is_streamed and isinstance(slab, Slab) and slab.layout is not None:
             return _restored(block, cut, slab, slab.layout, mark)
         packed = self.packer.pack(index, block, lambda raw: self._write_raw(raw, index, block, cut, mark, changed))
         if packed is None:
@@ -162,7 +171,7 @@ class BlockLoader:
         slab = self._raw_slab(index, block, cut, mark, changed)
         for weight, tensor in self._adopt(slab, block, cut, mark):
             weight.put(tensor)
-        return MovingBlock(block, cut, slab.stored.nbytes, slab, None)
+        return MovingBlock(block, cut, block.bytes_from(cut), slab, None)
 
     def _leave_in_file(self, index: int, block: Block, cut: int) -> MovingBlock:
         self.host_room.in_file.add(index)
@@ -175,28 +184,58 @@ class BlockLoader:
 
         return MovingBlock(block, cut, size_bytes, Staged(size_bytes, read_into, in_file=True), None)
 
-    def _adopt(self, slab: Slab, block: Block, cut: int, mark: Hashable) -> list[tuple[Weight, torch.Tensor]]:
-        """Make a slab the home of the weights that it holds unchanged; give all of its weights."""
+    def _adopt(
+        self, slab: Slab | FileSlab, block: Block, cut: int, mark: Hashable
+    ) -> list[tuple[Weight, torch.Tensor]]:
+        """Make a slab the home of the weights that it holds unchanged; give all of its weights. Those that it has in
+        their file are at home as they are.
+        """
+        if isinstance(slab, FileSlab):
+            return []
         views = block.views(slab.stored, cut, len(block.weights), slab.base)
         for weight, tensor in views:
             if mark is None and not weight.dtype_changes and not self._keep_home(weight.home):
                 weight.home = tensor
         return views
 
-    def _raw_slab(self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed) -> Slab:
+    def _raw_slab(self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed) -> Slab | FileSlab:
         """The slab of a block with every weight from `cut` on in it."""
-        slab = self._valid_slab(index, mark)
-        if slab is not None:
-            return slab
+        valid = self._valid_slab(index, mark)
+        if valid is not None:
+            return valid
+        if self.host_room.is_readable(index):
+            stretches = self._stretches(block, cut)
+            on_file = self.store.build_on_file(index, block.offset_of(cut), block.bytes_from(cut), stretches)
+            if on_file is not None:
+                self._marks[index] = mark
+                return on_file
         slab = self.store.get(index)
-        if slab is None or slab.layout is not None or self._marks[index] is None:
+        if not isinstance(slab, Slab) or slab.layout is not None or self._marks[index] is None:
             # The old slab's pages outlive it for as long as home tensors lie in them.
             self.store.drop(index)
             slab = self.store.build(index, block.offset_of(cut), block.bytes_from(cut))
+            if mark is not None:
+                _ = slab.is_locked  # what comes from the device takes several times as long into pages that are not
         self._marks[index] = PARTLY_WRITTEN
         self._store_moving(block, cut, changed, slab.stored)
         self._marks[index] = mark
         return slab
+
+    def _stretches(self, block: Block, cut: int) -> list[Stretch]:
+        """Where in their file the weights from `cut` on lie, neighbours in one; none if any is stored otherwise."""
+        base = block.offset_of(cut)
+        stretches: list[Stretch] = []
+        for weight in block.weights[cut:]:
+            file = self._file_of(weight.home) if _is_verbatim(weight) else None
+            if file is None:
+                return []
+            begin = weight.offset - base
+            last = stretches[-1] if stretches else None
+            if last is not None and last.file.is_followed_by(file, begin - last.begin):
+                stretches[-1] = Stretch(last.begin, last.file.up_to(file))
+            else:
+                stretches.append(Stretch(begin, file))
+        return stretches
 
     def _write_raw(
         self, raw: torch.Tensor, index: int, block: Block, cut: int, mark: Hashable, changed: Changed
@@ -204,7 +243,8 @@ class BlockLoader:
         """Fill device memory with a block's bytes to be packed."""
         slab = self._valid_slab(index, mark)
         if slab is not None:
-            raw.copy_(slab.stored)
+            for begin, stored in slab.pieces:
+                raw[begin : begin + stored.nbytes].copy_(stored)
             return
         raw.zero_()  # the gaps between weights are packed too
         self._store_moving(block, cut, changed, raw, is_on_device=True)
@@ -218,7 +258,7 @@ class BlockLoader:
             self._store(weight, changed(weight), stored[weight.offset - base :], is_on_device=is_on_device)
             weight.put(weight.home)  # a changed weight may lie on the device, where only one at a time has room
 
-    def _valid_slab(self, index: int, mark: Hashable, is_packed: bool = False) -> Slab | None:
+    def _valid_slab(self, index: int, mark: Hashable, is_packed: bool = False) -> Slab | FileSlab | None:
         """The slab of block `index`, if there is one of that kind with what `mark` says."""
         slab = self.store.get(index)
         is_valid = slab is not None and (slab.layout is not None) == is_packed and self._marks[index] == mark
@@ -240,8 +280,10 @@ class BlockLoader:
         if memory is None:
             memory = self._device.allocate(size_bytes)
         if slab is not None:
+            self._returns.finish()  # by which it may just be written
             # At the link's full speed, unlike homes in pages of a file, while the next block is made ready for its own.
-            memory.copy_(slab.stored, non_blocking=slab.is_locked)
+            for begin, stored in slab.pieces:
+                memory[begin : begin + stored.nbytes].copy_(stored, non_blocking=slab.is_locked)
             for weight, tensor in block.views(memory, cut, len(block.weights), base):
                 weight.put(tensor)
         else:
@@ -252,8 +294,12 @@ class BlockLoader:
         else:
             self.store.drop(index)
 
-    def keep_outside(self, block: Block, mark: Hashable, changed: Changed) -> None:
+    def keep_outside(
+        self, block: Block, mark: Hashable, changed: Changed, will_change: Callable[[Weight], bool]
+    ) -> None:
         """Put what lies outside the blocks on the device for good; without a copy if changed: it may have grown."""
+        if mark is not None:
+            self.originals.lock(self._files(weight for weight in block.weights if will_change(weight)))
         if self.host_room.is_shelving and mark is None:
             self._keep(OUTSIDE, block, 0, mark, changed)
         else:
@@ -299,9 +345,20 @@ class BlockLoader:
             read_into = self._bounce.bring if is_on_device else FileSlice.read_into
             if read_into(file, piece[: file.size_bytes]):
                 return
-        weight.codec.encode(source, piece)
+        if changed is not None and not is_on_device and self._is_returned(weight, changed):
+            self._returns.send(changed.detach().view(-1).view(torch.uint8), piece)
+        else:
+            weight.codec.encode(source, piece)
         if file is not None:
             file.release()
+
+    def _is_returned(self, weight: Weight, changed: torch.Tensor) -> bool:
+        """Whether a changed weight lies on the device as it will be stored, and has room there while the next is worked
+        out.
+        """
+        codec = weight.codec
+        is_same = isinstance(codec, RawCodec) and codec == codec_for(changed) and changed.is_contiguous()
+        return is_same and changed.device.type == self._device.torch_device.type and self._has_room(weight, 3)
 
     def home_on_device(self, weight: Weight) -> torch.Tensor | None:
         """A copy of the home tensor on the device, to work on until the next call; None where it is of a kind, or will
@@ -323,6 +380,12 @@ class BlockLoader:
         is_raw = isinstance(weight.codec, RawCodec) and not weight.dtype_changes
         return is_raw and count * weight.codec.stored_bytes <= self.passing_bytes
 
+    def keep_originals(self, patched: Iterable[Block], will_change: Callable[[Weight], bool]) -> None:
+        """Have no originals locked but those of the weights in `patched` blocks that will be worked on again."""
+        if not self.originals.is_settled:
+            weights = (weight for block in patched for weight in block.weights if will_change(weight))
+            self.originals.keep_only(set(self._files(weights)))
+
     def reserve(self, blocks: Mapping[int, Block]) -> None:
         """Take the device memory of blocks that will stay there as they are, by their index; no hole among them stays
         from what was worked on before.
@@ -335,13 +398,17 @@ class BlockLoader:
     def finish(self) -> None:
         """End a load: give back what packing takes of the device, and what was reserved and not used."""
         self.store.finish()
+        self.originals.finish()
         self.packer.finish()
         self._bounce.finish()
         self._turns.finish()
+        self._returns.finish()
+        self._foreseen.clear()
         self._reserved.clear()
 
     def close(self) -> None:
         self.finish()
+        self.originals.give_up()
         self.store.close()
         self._marks.clear()
 

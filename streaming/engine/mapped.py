@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import torch
 
-from .pages import give_back_mapped, threads
+from .pages import file_pages, give_back_mapped, threads
 
 PIECE_BYTES = 8 * 1024**2
 
 # Windows has no such call.
 CAN_READ = hasattr(os, "preadv")
+
+CAN_LOCK = sys.platform == "linux"
+"""Whether pages of files are locked where the system keeps them, if the device can do that too."""
 
 
 class Reading(NamedTuple):
@@ -73,11 +77,30 @@ class FileSlice(NamedTuple):
         while left:
             count = os.preadv(self.descriptor, [left], position)
             if count == 0:
-                raise OSError(
-                    f"the file of a weight ends at byte {position} and {len(left)} more are needed: it was changed "
-                    "while it was open, so load the model again"
-                )
+                raise _became_shorter(position, len(left))
             left, position = left[count:], position + count
+
+    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The system's own pages with the bytes, whole ones, mapped anew to be read, and of them uint8 [size_bytes] the
+        bytes. Nothing may read there before the pages are locked: reading past the end of a file ends the process.
+
+        Raises OSError when the file has become shorter, or cannot be mapped.
+        """
+        file_bytes = os.fstat(self.descriptor).st_size
+        if file_bytes < self.offset + self.size_bytes:
+            raise _became_shorter(file_bytes, self.offset + self.size_bytes - file_bytes)
+        begin = self.offset % mmap.PAGESIZE
+        pages = file_pages(self.descriptor, self.offset - begin, begin + self.size_bytes)
+        return pages, pages[begin : begin + self.size_bytes]
+
+    def is_followed_by(self, other: FileSlice, distance: int) -> bool:
+        """Whether `other` begins `distance` bytes after these do, in the same file."""
+        is_same = (self.descriptor, self.address - self.offset) == (other.descriptor, other.address - other.offset)
+        return is_same and self.offset + distance == other.offset
+
+    def up_to(self, last: FileSlice) -> FileSlice:
+        """These bytes and all to the end of `last`, in one."""
+        return self._replace(size_bytes=last.offset + last.size_bytes - self.offset)
 
     def release(self) -> None:
         """Have the mapping's pages no longer count as this process's; whoever reads there again gets them anew."""
@@ -85,3 +108,10 @@ class FileSlice(NamedTuple):
         end = (self.address + self.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if first < end:
             give_back_mapped(first, end - first)
+
+
+def _became_shorter(end: int, missing_bytes: int) -> OSError:
+    return OSError(
+        f"the file of a weight ends at byte {end} and {missing_bytes} more are needed: it was changed while it was "
+        "open, so load the model again"
+    )

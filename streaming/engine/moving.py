@@ -6,7 +6,7 @@ the pipeline brings. Nothing here moves a byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from .codec import RawCodec
 from .packing import PACKABLE, Layout
 from .plan import TINY_BYTES
 from .staging import Staged
-from .store import Slab
+from .store import FileSlab, Piece, Slab
 
 # Where a host tensor carries the packed bytes that stand for its block on the device.
 KEPT = "_layerstream_kept"
@@ -56,7 +56,7 @@ class MovingBlock:
     block: Block
     cut: int
     raw_bytes: int
-    origin: Slab | Staged | None
+    origin: Slab | FileSlab | Staged | None
     layout: Layout | None
     differs: bool = False
 
@@ -68,15 +68,19 @@ class MovingBlock:
         return self.origin.stored.nbytes if isinstance(self.origin, Slab) else self.origin.nbytes
 
     @cached_property
-    def source(self) -> torch.Tensor | Staged | None:
+    def source(self) -> Sequence[Piece] | Staged | None:
         """What crosses the link, or whence that is brought to where it can. Only the pipeline asks for it, once a load
         is over: it depends on whether the system has locked the pages, and waits for that.
         """
-        if not isinstance(self.origin, Slab):
-            return self.origin
-        stored = self.origin.stored
-        is_locked = self.origin.is_locked
-        return stored if is_locked else Staged(stored.nbytes, lambda buffer: buffer.copy_(stored), in_file=False)
+        origin = self.origin
+        if origin is None or isinstance(origin, Staged):
+            return origin
+        if origin.is_locked:
+            return origin.pieces
+        if isinstance(origin, FileSlab):
+            return Staged(origin.nbytes, origin.read_into, in_file=True)
+        stored = origin.stored
+        return Staged(stored.nbytes, lambda buffer: buffer.copy_(stored), in_file=False)
 
     def kept(self) -> torch.Tensor:
         """The packed bytes on the device. Only the module's own tensor holds them: whoever replaces it frees them."""

@@ -220,8 +220,8 @@ class Pipeline:
                 stored = torch.empty(source.nbytes, dtype=torch.uint8)
                 source.read_into(stored)
             else:
-                stored = source
-            packed = self._device.allocate(source.nbytes)
+                ((_, stored),) = source  # what is packed lies in one piece
+            packed = self._device.allocate(stored.nbytes)
             self._device.copy(packed, stored, compute, compute)
         place = Place(index, self._device)
         place.memory = self._device.allocate(moving.raw_bytes)

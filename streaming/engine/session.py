@@ -24,6 +24,7 @@ from .codec import align
 from .costs import CostSheet
 from .device import Device
 from .forecast import Forecast, Form, forecast
+from .host_memory import HostMemory
 from .loader import BlockLoader, Changed, FileOf
 from .meter import Meter, PassTimes
 from .moving import MovingBlock, cut_of, packable_dtype
@@ -32,7 +33,6 @@ from .plan import Packing, Plan
 from .planner import make_plan
 from .ring import Place, Ring
 from .staging import Staged, Staging
-from .store import HostMemory
 from .walk import Walk
 
 Progress = Callable[[int, int], None]
@@ -220,6 +220,13 @@ class Session:
         return self._loader.store.host_bytes
 
     @property
+    def spare_bytes(self) -> int:
+        """Bytes of host memory beside that, which make way for anything else: pages of files that stay locked because
+        they are brought to the device again and again.
+        """
+        return self._loader.originals.size_bytes
+
+    @property
     def page_locked_bytes(self) -> int:
         return self._loader.store.page_locked_bytes
 
@@ -257,7 +264,7 @@ class Session:
         assert not self.is_running, "a plan cannot change inside a pass"
         marks = marks or Marks((None,) * len(self.parts.blocks), None)
         is_there = plan == self.plan and marks == self._marks and not self._evicted
-        if is_there and not afresh and plan.is_resident and not self.host_bytes:
+        if is_there and not afresh and plan.is_resident and not self.host_bytes and not self.spare_bytes:
             return False  # nor has host memory anything to give up
         was_in_run = self.is_in_run
         self.end_run()
@@ -268,6 +275,7 @@ class Session:
         unchanged = [index for index, mark in enumerate(marks.blocks) if mark is None and not all_in_slabs]
         host_room.choose_in_file(self._slab_sizes(plan), {index: blocks[index] for index in unchanged})
         self._loader.passing_bytes = plan.ring_bytes + plan.scratch_bytes
+        self._loader.originals.relieve()
         try:
             stale = [
                 index
@@ -287,8 +295,11 @@ class Session:
             if stale:
                 self.device.trim()
             if is_outside_stale:
-                self._loader.keep_outside(self.parts.outside, marks.outside, changed)
+                self._loader.keep_outside(self.parts.outside, marks.outside, changed, will_change)
             self._load_blocks(plan, stale, marks, changed, will_change, progress)
+            if not stale:  # the plan has settled
+                patched = [block for block, mark in zip(blocks, marks.blocks, strict=True) if mark is not None]
+                self._loader.keep_originals([*patched, self.parts.outside], will_change)
             self.device.compute_stream().synchronize()  # slabs may be written again from now on
         except BaseException:
             self.unload()

@@ -191,7 +191,7 @@ class SimulatedDevice:
     def event(self, is_timed: bool = False) -> SimulatedEvent:
         return SimulatedEvent()
 
-    def page_lock(self, memory: torch.Tensor) -> bool:
+    def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
         self._locked[memory.data_ptr()] = memory.nbytes
         return True
 

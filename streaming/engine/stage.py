@@ -6,9 +6,7 @@ has a stream of its own, so that both run beside compute and beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-
-import torch
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from .device import Device, Stream
 from .meter import Meter
@@ -16,6 +14,7 @@ from .moving import MovingBlock
 from .packing import Decoder
 from .ring import Place, Ring
 from .staging import Staged, Staging
+from .store import Piece
 from .walk import Walk
 
 
@@ -128,20 +127,21 @@ class Copying(Stage):
         return self._staging is None or index not in self._staging or self._staging.is_there(index)
 
     def _bring(self, index: int, place: Place) -> None:
-        source = self._moving[index].source
+        source, memory = self._moving[index].source, place.memory
         assert source is not None
 
-        def copy(stored: torch.Tensor) -> None:
-            timing = self._meter.copy(index, stored.nbytes)
+        def copy(pieces: Sequence[Piece]) -> None:
+            timing = self._meter.copy(index, memory.nbytes)
             if timing is not None:
                 timing.begun.record(self.stream)
-            self._device.copy(place.memory, stored, self.stream, self.compute)
+            for begin, stored in pieces:
+                self._device.copy(memory[begin : begin + stored.nbytes], stored, self.stream, self.compute)
             if timing is not None:
                 timing.ended.record(self.stream)
 
         if isinstance(source, Staged):
             assert self._staging is not None
-            self._staging.send(index, copy, self.stream)
+            self._staging.send(index, lambda stored: copy((Piece(0, stored),)), self.stream)
         else:
             copy(source)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from .device import Device, Stream
-from .store import Buffer, HostMemory
+from .host_memory import HostMemory
+from .store import Buffer
 
 # One is read while others wait for their copy; more even out what the file's disk takes longer for.
 BUFFERS = 4

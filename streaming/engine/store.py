@@ -1,122 +1,46 @@
 """Host memory: one exact-size, page-locked slab a block.
 
-In: sizes, and ceilings for all models together. Out: slabs, uint8 tensors whose pages the device can read at full link
-speed. What is written into a slab is the session's business.
-
-Locking takes longer than reading from the system's cache of files, so a thread of its own does it while slabs are
-filled.
+In: sizes, or where bytes lie in a file, and ceilings for all models together. Out: slabs, uint8 tensors whose pages the
+device can read at full link speed. What is written into a slab is the session's business; what the system itself keeps
+of a file is locked where it is, and nothing is written.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import threading
-import weakref
-from collections.abc import Callable, Container
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
 
 from .device import Device, Event
+from .host_memory import GIB, Claim, HostMemory, HostMemoryFull, Use
+from .mapped import CAN_LOCK, FileSlice
 from .packing import Layout
-from .pages import anonymous_pages, populate
-
-GIB = 1024**3
+from .pages import anonymous_pages
 
 # Pages of packed bytes have room for one in so many more, so that what is packed anew needs no others.
 SPARE_SHARE = 128
 
+# The least that pieces of a file are worth copying as they lie, on the average: smaller ones are gathered in a slab.
+# Copies of 4 MiB have 0.97 of the link's speed, of 1 MiB 0.88, and each takes the processor 9 us.
+WORTH_LOCKING_BYTES = 4 * 1024**2
+
 logger = logging.getLogger("layerstream")
 
 
-class HostMemoryFull(ValueError):
-    """A ceiling on host memory, or the system, leaves no room for a slab; the message says what would."""
+class Piece(NamedTuple):
+    """Bytes that lie together on the host, and at which byte of what moves of a block they begin."""
+
+    begin: int
+    stored: torch.Tensor
 
 
-class Ceilings(NamedTuple):
-    """The most bytes that slabs may lock, take at all, and take where they hold copies of what can be read from its
-    file again; None for no bound.
-    """
+class Stretch(NamedTuple):
+    """The same where they lie in a file."""
 
-    locked_bytes: int | None = None
-    total_bytes: int | None = None
-    copies_bytes: int | None = None
-
-
-class HostMemory:
-    """What the slabs of all models together take, against ceilings that may change at any time."""
-
-    def __init__(self, ceilings: Callable[[], Ceilings] = Ceilings) -> None:
-        self._ceilings = ceilings
-        self.total_bytes = 0
-        self.locked_bytes = 0
-        """Locked, or about to be."""
-        self._counting = threading.RLock()  # a slab may be collected, and counted, in the midst of counting
-        self._locker = ThreadPoolExecutor(1, thread_name_prefix="layerstream-locking")
-
-    def has_room(self, size_bytes: int) -> bool:
-        most_bytes = self._ceilings().total_bytes
-        return most_bytes is None or self.total_bytes + size_bytes <= most_bytes
-
-    def room_for_copies(self) -> float:
-        """Bytes more that copies of what can be read from its file again may take, negative where slabs take too much
-        already.
-        """
-        _, *bounds = self._ceilings()
-        return min((most_bytes - self.total_bytes for most_bytes in bounds if most_bytes is not None), default=math.inf)
-
-    def take(self, memory: torch.Tensor, device: Device, is_buffer: bool = False) -> Future[bool]:
-        """Count `memory` and begin to lock its pages if the ceiling allows it; the result is whether they are locked.
-
-        A buffer is small, and what the rest is copied by: it is locked at once, above the ceiling too, and not refused.
-        Raises HostMemoryFull.
-        """
-        size_bytes = memory.nbytes
-        if not is_buffer and not self.has_room(size_bytes):
-            most_gib = (self._ceilings().total_bytes or 0) / GIB
-            raise HostMemoryFull(
-                f"streaming takes {(self.total_bytes + size_bytes) / GIB:.2f} GiB of RAM and more, and the budget "
-                f"allows {most_gib:.2f} GiB: raise ram_gb, or stream less by raising vram_gb"
-            )
-        most_bytes = self._ceilings().locked_bytes
-        may_lock = is_buffer or most_bytes is None or self.locked_bytes + size_bytes <= most_bytes
-        with self._counting:
-            self.total_bytes += size_bytes
-            self.locked_bytes += size_bytes * may_lock
-        if may_lock:
-            populate(memory)  # not before: what is refused shall take nothing
-            if not is_buffer:
-                return self._locker.submit(self._lock, memory, device)
-        locked: Future[bool] = Future()
-        locked.set_result(may_lock and self._lock(memory, device))
-        return locked
-
-    def _lock(self, memory: torch.Tensor, device: Device) -> bool:
-        size_bytes = memory.nbytes
-        try:
-            is_locked = device.page_lock(memory)
-        except RuntimeError as error:  # the device fails in all things, which whoever uses it will say
-            logger.debug("page-locking failed: %s", error)
-            is_locked = False
-        if not is_locked:
-            with self._counting:
-                self.locked_bytes -= size_bytes
-        return is_locked
-
-    def give_back(self, size_bytes: int, address: int, locking: Future[bool], device: Device) -> None:
-        """End what `take` began with memory at `address`.
-
-        The thread that locks must not come here for memory that it has still to lock: whoever loads waits for it before
-        a slab can be collected.
-        """
-        is_locked = locking.result()
-        if is_locked:
-            device.page_unlock(address)
-        with self._counting:
-            self.total_bytes -= size_bytes
-            self.locked_bytes -= size_bytes * is_locked
+    begin: int
+    file: FileSlice
 
 
 class Slab:
@@ -133,25 +57,27 @@ class Slab:
         base: int,
         size_bytes: int,
         layout: Layout | None = None,
-        is_buffer: bool = False,
+        use: Use = Use.SLAB,
     ) -> None:
         self.base = base
         self.layout = layout
         self._memory = _pages(size_bytes if layout is None else packed_slab_bytes(size_bytes))
         self.stored = self._memory[:size_bytes]
-        self._locking = host_memory.take(self._memory, device, is_buffer)
-        # Unlocking must come before the pages go away, so it hangs on the slab and not on its memory.
-        began = self.size_bytes, self._memory.data_ptr(), self._locking, device
-        self._give_back = weakref.finalize(self, host_memory.give_back, *began)
+        self._claim = Claim(self._memory, device, host_memory, use)
 
     @property
     def size_bytes(self) -> int:
         return self._memory.nbytes
 
     @property
+    def pieces(self) -> Sequence[Piece]:
+        """What is copied to the device."""
+        return (Piece(0, self.stored),)
+
+    @property
     def is_locked(self) -> bool:
         """Whether the pages are locked; waits until that is done, or was refused."""
-        return self._locking.result()
+        return self._claim.is_locked
 
     def pack_anew(self, layout: Layout) -> bool:
         """Have room for other packed bytes in place of those it holds; False if they do not fit."""
@@ -162,7 +88,47 @@ class Slab:
 
     def close(self) -> None:
         """Unlock the pages; safe to call twice."""
-        self._give_back()
+        self._claim.close()
+
+
+class FileSlab:
+    """What moves of a block as it lies in its file: the pages that the system keeps of that, locked where they are.
+
+    They are not in memory a second time, and nothing is read or cleared to have them, which is what takes long about
+    a slab. `nbytes` is what the block takes in a slab, gaps between its weights included.
+    Raises OSError when the file has become shorter, or cannot be mapped.
+    """
+
+    layout = None
+
+    def __init__(
+        self, device: Device, host_memory: HostMemory, base: int, nbytes: int, stretches: Sequence[Stretch]
+    ) -> None:
+        self.base = base
+        self.nbytes = nbytes
+        self._stretches = stretches
+        pages = [stretch.file.pages() for stretch in stretches]
+        self.size_bytes = sum(whole.nbytes for whole, _ in pages)
+        self._claims = [Claim(whole, device, host_memory, Use.FILE) for whole, _ in pages]
+        self.pieces: Sequence[Piece] = [
+            Piece(stretch.begin, stored) for stretch, (_, stored) in zip(stretches, pages, strict=True)
+        ]
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether all pages are locked; waits until that is done, or was refused."""
+        return all([claim.is_locked for claim in self._claims])
+
+    def read_into(self, stored: torch.Tensor) -> None:
+        """Read the bytes from the file. Raises OSError when it has become shorter."""
+        for begin, file in self._stretches:
+            file.read_into(stored[begin : begin + file.size_bytes])
+
+    def close(self) -> None:
+        """Unlock the pages; safe to call twice."""
+        self.pieces = ()
+        for claim in self._claims:
+            claim.close()
 
 
 def _pages(size_bytes: int) -> torch.Tensor:
@@ -179,7 +145,7 @@ class Buffer:
     """Page-locked memory that bytes pass through, free for others once `sent` was reached."""
 
     def __init__(self, device: Device, host_memory: HostMemory, size_bytes: int) -> None:
-        self.slab = Slab(device, host_memory, 0, size_bytes, is_buffer=True)
+        self.slab = Slab(device, host_memory, 0, size_bytes, use=Use.BUFFER)
         self.sent: Event = device.event()
 
 
@@ -194,17 +160,19 @@ class HostStore:
     def __init__(self, device: Device, host_memory: HostMemory) -> None:
         self._device = device
         self.host_memory = host_memory
-        self._slabs: dict[int, Slab] = {}
-        self._locking: list[Slab] = []
+        self._slabs: dict[int, Slab | FileSlab] = {}
+        self._locking: list[Slab | FileSlab] = []
         self._warned = False
+        # Not known before it was tried, since it is the file's system that may refuse.
+        self._can_lock_files: bool | None = None if CAN_LOCK else False
         # Kept up to date instead of added up: they are read several times a second, by other threads, to be shown.
         self.host_bytes = 0
         self.page_locked_bytes = 0
 
-    def __getitem__(self, index: int) -> Slab:
+    def __getitem__(self, index: int) -> Slab | FileSlab:
         return self._slabs[index]
 
-    def get(self, index: int) -> Slab | None:
+    def get(self, index: int) -> Slab | FileSlab | None:
         return self._slabs.get(index)
 
     def has_room(self, size_bytes: int) -> bool:
@@ -218,10 +186,41 @@ class HostStore:
         """Make the slab of block `index`; its old one, if any, must have been dropped."""
         assert index not in self._slabs
         slab = Slab(self._device, self.host_memory, base, size_bytes, layout)
+        self._add(index, slab)
+        return slab
+
+    def build_on_file(self, index: int, base: int, nbytes: int, stretches: Sequence[Stretch]) -> FileSlab | None:
+        """The same on the pages that the system keeps of the block's file, in place of the slab that it had; None, and
+        that stays, where they cannot be locked, or lie so scattered that copies of them would be slow.
+
+        Raises OSError when the file has become shorter, and HostMemoryFull.
+        """
+        size_bytes = sum(stretch.file.size_bytes for stretch in stretches)
+        is_worth = size_bytes > 0 and size_bytes >= WORTH_LOCKING_BYTES * len(stretches)
+        if self._can_lock_files is False or not is_worth or not self.host_memory.may_lock(size_bytes):
+            return None
+        self.drop(index)
+        try:
+            slab = FileSlab(self._device, self.host_memory, base, nbytes, stretches)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            logger.debug("the file cannot be mapped, so weights are copied: %s", error)
+            self._can_lock_files = False
+            return None
+        if self._can_lock_files is None:
+            self._can_lock_files = slab.is_locked
+            if not slab.is_locked:
+                logger.debug("pages of files cannot be locked here, so weights are copied")
+                slab.close()
+                return None
+        self._add(index, slab)
+        return slab
+
+    def _add(self, index: int, slab: Slab | FileSlab) -> None:
         self._slabs[index] = slab
         self._locking.append(slab)
         self.host_bytes += slab.size_bytes
-        return slab
 
     def finish(self) -> None:
         """Wait until all slabs are locked that can be."""
@@ -238,7 +237,7 @@ class HostStore:
     def build_packed(self, index: int, base: int, layout: Layout) -> Slab:
         """The slab of block `index` for packed bytes, in the pages of the packed bytes it had if there were such."""
         slab = self.get(index)
-        if slab is not None and slab.pack_anew(layout):
+        if isinstance(slab, Slab) and slab.pack_anew(layout):
             return slab
         self.drop(index)
         return self.build(index, base, layout.stored_bytes, layout)

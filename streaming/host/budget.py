@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ..engine.device import Device
+from ..engine.host_memory import Ceilings, HostMemory
 from ..engine.plan import GIB
-from ..engine.store import Ceilings, HostMemory
 from .leaving import make_leave
 
 if TYPE_CHECKING:
@@ -196,11 +196,22 @@ def host_memory() -> HostMemory:
     return HostMemory(_ceilings)
 
 
+def available_ram_bytes() -> int:
+    """RAM that programs can have. The system counts all pages of files as such, those that are locked too."""
+    return _unclaimed_bytes(psutil.virtual_memory().available) + host_memory().spare_bytes
+
+
+def _unclaimed_bytes(available_bytes: int) -> int:
+    """The same with nothing of ours making way."""
+    return available_bytes - host_memory().file_bytes
+
+
 def _ceilings() -> Ceilings:
     own = [int(budget.ram_gib * GIB) for budget in _budgets if budget.ram_gib and budget not in _given_up]
     if own:
         return Ceilings(min(own), min(own), min(own))
     ram = psutil.virtual_memory()
-    room_bytes = ram.available - max(LEAST_LEFT_BYTES, int(LEFT_SHARE * ram.total))
+    left_bytes = max(LEAST_LEFT_BYTES, int(LEFT_SHARE * ram.total))
+    room_bytes = _unclaimed_bytes(ram.available) - left_bytes
     locked_share = WINDOWS_LOCKED_SHARE if sys.platform == "win32" else LOCKED_SHARE
     return Ceilings(int(locked_share * ram.total), None, host_memory().total_bytes + room_bytes)

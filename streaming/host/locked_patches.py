@@ -16,8 +16,9 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ..engine.codec import align, codec_for
 from ..engine.device import Device
+from ..engine.host_memory import HostMemory, HostMemoryFull
 from ..engine.pages import copy_alone
-from ..engine.store import Buffer, HostMemory, HostMemoryFull, Slab
+from ..engine.store import Buffer, Slab
 
 # Two of these are locked while patches are baked. What holds more than one, as merges do, goes its way without.
 FERRY_BYTES = 16 * 1024**2
@@ -68,61 +69,83 @@ def page_locked(values: Sequence[Any], device: Device, memory: HostMemory, most_
 
 
 class Ferry:
-    """Two page-locked buffers by way of which what patches hold reaches the card, for the time of a load: while one is
-    filled, what was in the other is on its way.
+    """Two page-locked buffers by way of which what patches hold reaches the card, each with as much of the card, for
+    the time of a load: while one is filled, what was in the other is on its way or in use.
     """
 
     def __init__(self, device: Device, memory: HostMemory) -> None:
         self._device = device
         self._memory = memory
-        self._buffers: list[Buffer] = []
+        self._ways: list[tuple[Buffer, torch.Tensor]] = []
         self._used_bytes = 0
 
     def on_card(self, value: Any) -> Any:
-        """`value` with its tensors on the card, where compute finds them; itself where there are none, or too large.
+        """`value` with its tensors on the card, where compute finds them until the call after next; itself where there
+        are none, or too large.
 
         Raises torch.OutOfMemoryError.
         """
-        size_bytes = _size_bytes(value)
+        tensors = _tensors(value)
+        size_bytes = sum(align(tensor.nbytes) for tensor in tensors)
         if not 0 < size_bytes <= FERRY_BYTES:
             return value
-        if not self._buffers or self._used_bytes + size_bytes > FERRY_BYTES:
-            self._change_buffers()
-        buffer, begin = self._buffers[-1], self._used_bytes
-        self._used_bytes += size_bytes
-        stored = buffer.slab.stored[begin : self._used_bytes]
-        found = Locked(_copied(value, stored), stored, buffer.slab).on_card(
-            self._device.allocate(size_bytes), self._device
-        )
-        buffer.sent.record(self._device.compute_stream())
-        return found
+        if not self._ways or self._used_bytes + size_bytes > FERRY_BYTES:
+            self._change_ways()
+        buffer, place = self._ways[-1]
+        compute, first, begin = self._device.compute_stream(), self._used_bytes, self._used_bytes
+        there = []
+        for tensor in tensors:
+            there.append(_written(tensor, buffer.slab.stored[begin:], place[begin:]))
+            begin += align(tensor.nbytes)
+        # On compute, which reads what lies there until others come.
+        self._device.copy(place[first:begin], buffer.slab.stored[first:begin], compute, compute)
+        buffer.sent.record(compute)
+        self._used_bytes = begin
+        coming = iter(there)
+        return _replaced(value, lambda _: next(coming))
 
-    def _change_buffers(self) -> None:
-        if len(self._buffers) < 2:
-            self._buffers.append(Buffer(self._device, self._memory, FERRY_BYTES))
+    def _change_ways(self) -> None:
+        if len(self._ways) < 2:
+            place = self._device.allocate(FERRY_BYTES)
+            self._ways.append((Buffer(self._device, self._memory, FERRY_BYTES), place))
         else:
-            self._buffers.reverse()
-            self._buffers[-1].sent.synchronize()
+            self._ways.reverse()
+            self._ways[-1][0].sent.synchronize()
         self._used_bytes = 0
 
     def close(self) -> None:
         """Give the buffers back, after the copies from them."""
-        for buffer in self._buffers:
+        for buffer, _ in self._ways:
             buffer.sent.synchronize()
             buffer.slab.close()
-        self._buffers.clear()
+        self._ways.clear()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors that `_replaced` would replace."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    _replaced(value, note)
+    return found
+
+
+def _written(tensor: torch.Tensor, stored: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Write the bytes of `tensor` to the beginning of `stored`; give the tensor that has them in `place`."""
+    if tensor.is_contiguous():
+        copy_alone(tensor, stored)
+        return place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    codec = codec_for(tensor)
+    codec.encode(tensor, stored)
+    return codec.decode(place)
 
 
 def _size_bytes(value: Any) -> int:
     """What the tensors in `value` take one after another."""
-    sizes: list[int] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(align(tensor.nbytes))
-        return tensor
-
-    _replaced(value, note)
-    return sum(sizes)
+    return sum(align(tensor.nbytes) for tensor in _tensors(value))
 
 
 def _copied(value: Any, stored: torch.Tensor) -> Any:
@@ -131,13 +154,9 @@ def _copied(value: Any, stored: torch.Tensor) -> Any:
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal begin
-        codec, place = codec_for(tensor), stored[begin:]
-        if tensor.is_contiguous():
-            copy_alone(tensor, place)
-        else:
-            codec.encode(tensor, place)
-        begin += align(codec.stored_bytes)
-        return codec.decode(place)
+        place = stored[begin:]
+        begin += align(tensor.nbytes)
+        return _written(tensor, place, place)
 
     return _replaced(value, copy)
 

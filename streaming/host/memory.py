@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from ..engine.simulated import SimulatedDevice
+from .budget import available_ram_bytes
 from .devices import device_for
 from .streams import ModelStream, is_mapped
 
@@ -128,13 +129,13 @@ class RamUse(NamedTuple):
 
 def ram_use(streams: Sequence[ModelStream]) -> RamUse:
     """What streaming holds of RAM."""
-    ram = psutil.virtual_memory()
     sessions = [stream.session for stream in streams]
+    spare_bytes = sum(session.spare_bytes for session in sessions)
     return RamUse(
-        ram.total,
-        ram.available,
-        sum(session.host_bytes for session in sessions),
-        sum(session.page_locked_bytes for session in sessions),
+        psutil.virtual_memory().total,
+        available_ram_bytes(),
+        sum(session.host_bytes for session in sessions) + spare_bytes,
+        sum(session.page_locked_bytes for session in sessions) + spare_bytes,
     )
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ..engine.host_memory import HostMemoryFull
 from ..engine.plan import BudgetTooSmall
-from ..engine.store import HostMemoryFull
 from .leaving import make_leave
 from .need import MARGIN_BYTES, Need
 from .policy import Leave, Part, PolicySettings, Stage, Switch

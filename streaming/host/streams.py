@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
@@ -29,7 +28,7 @@ from ..engine.plan import Packing
 from ..engine.session import Session
 from ..formats.gguf_file import MAPPED_FILE as GGUF_FILE
 from ..formats.gguf_tensor import GgufTensor
-from .budget import SPARE_RAM_BYTES, host_memory
+from .budget import SPARE_RAM_BYTES, available_ram_bytes, host_memory
 from .casting import CastSwitch
 from .families import Family, family_of
 from .moves import Moves
@@ -299,7 +298,7 @@ class ModelStream:
 
     def has_ram_for(self, size_bytes: int) -> bool:
         """Whether so many bytes more leave the RAM that the system and other programs need."""
-        return size_bytes <= 0 or psutil.virtual_memory().available > size_bytes + SPARE_RAM_BYTES
+        return size_bytes <= 0 or available_ram_bytes() > size_bytes + SPARE_RAM_BYTES
 
     def open(self, is_dynamic: bool) -> None:
         """Make the session if there is none. The model must hold its own weights, unchanged, on the host.

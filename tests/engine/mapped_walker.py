@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.host_memory import HostMemory
 from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Session
@@ -38,7 +39,18 @@ class MappedWalker:
             offset += mapped.nbytes
         self.size_bytes = offset
 
-    def attach(self, dtype: torch.dtype | None = None) -> Session:
+    def attach(
+        self,
+        dtype: torch.dtype | None = None,
+        device: SimulatedDevice | None = None,
+        host_memory: HostMemory | None = None,
+    ) -> Session:
         parts = take_apart(self.walker, self.walker.units(), lambda module, name: dtype)
-        device = SimulatedDevice(1 << 30, packer=PlainPacker())
-        return Session(parts, device, lambda _: True, file_of=lambda tensor: self.slices.get(tensor.data_ptr()))
+        device = device or SimulatedDevice(1 << 30, packer=PlainPacker())
+        return Session(
+            parts,
+            device,
+            lambda _: True,
+            host_memory=host_memory,
+            file_of=lambda tensor: self.slices.get(tensor.data_ptr()),
+        )

@@ -11,9 +11,10 @@ import pytest
 import torch
 from layerstream.streaming.engine import bounce
 from layerstream.streaming.engine.bounce import Bounce, Turns
+from layerstream.streaming.engine.host_memory import HostMemory
 from layerstream.streaming.engine.mapped import FileSlice
+from layerstream.streaming.engine.originals import Originals
 from layerstream.streaming.engine.simulated import SimulatedDevice
-from layerstream.streaming.engine.store import HostMemory
 
 from late_device import LateDevice
 
@@ -43,7 +44,7 @@ def test_bytes_arrive_whole(small_buffers, tmp_path, size_bytes):
     expected, device, host_memory = written(tmp_path, size_bytes), LateDevice(), HostMemory()
     found = [device.allocate(size_bytes) for _ in range(3)]
     with (tmp_path / "weights").open("rb") as file:
-        way = Bounce(device, host_memory)
+        way = Bounce(device, host_memory, Originals(device, host_memory))
         for destination in found:
             assert way.bring(FileSlice(file.fileno(), HEADER_BYTES, size_bytes, 0), destination)
         way.finish()
@@ -61,7 +62,7 @@ def test_bytes_arrive_whole_whatever_was_thought_to_come(small_buffers, tmp_path
         starts = sorted(chance.sample(range(60_000), 12))
         ends = [*starts[1:], 60_000]
         slices = [FileSlice(file.fileno(), HEADER_BYTES + a, b - a, 0) for a, b in zip(starts, ends, strict=True)]
-        way = Bounce(device, host_memory)
+        way = Bounce(device, host_memory, Originals(device, host_memory))
         for number, asked in enumerate(slices):
             if chance.random() < 0.5:
                 way.look_ahead(chance.sample(slices, chance.randrange(6)) if seed % 2 else slices[number:])
@@ -89,7 +90,7 @@ def test_what_comes_next_is_read_before_it_is_asked_for(small_buffers, monkeypat
     device = LateDevice()
     with (tmp_path / "weights").open("rb") as file:
         slices = [FileSlice(file.fileno(), HEADER_BYTES + begin, 2500, 0) for begin in range(0, 10_000, 2500)]
-        way = Bounce(device, HostMemory())
+        way = Bounce(device, HostMemory(), Originals(device, HostMemory()))
         way.look_ahead(slices)
         assert begun == [0, 1000, 2000, 2500]
         way.bring(slices[0], device.allocate(2500))
@@ -105,7 +106,7 @@ def test_no_more_buffers_are_taken_than_allowed_and_none_is_taken_for_little(sma
     written(tmp_path, 5000)
     device, host_memory = LateDevice(), HostMemory()
     with (tmp_path / "weights").open("rb") as file:
-        way = Bounce(device, host_memory)
+        way = Bounce(device, host_memory, Originals(device, host_memory))
         way.bring(FileSlice(file.fileno(), HEADER_BYTES, 99, 0), device.allocate(99))
         assert host_memory.total_bytes == 0
         way.bring(FileSlice(file.fileno(), HEADER_BYTES, 5000, 0), device.allocate(5000))
@@ -122,7 +123,8 @@ def test_a_file_that_became_shorter_is_an_error_after_which_the_buffers_can_be_g
     device, host_memory = LateDevice(), HostMemory()
     with (tmp_path / "weights").open("r+b") as file:
         file.truncate(HEADER_BYTES + 3500)
-        way, asked = Bounce(device, host_memory), FileSlice(file.fileno(), HEADER_BYTES, 5000, 0)
+        originals = Originals(device, host_memory)
+        way, asked = Bounce(device, host_memory, originals), FileSlice(file.fileno(), HEADER_BYTES, 5000, 0)
         if is_ahead:
             way.look_ahead([asked])
         with pytest.raises(OSError, match="load the model again"):
@@ -137,7 +139,7 @@ def test_where_the_system_cannot_read_so_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "preadv", None)
     device = LateDevice()
     with (tmp_path / "weights").open("rb") as file:
-        assert not Bounce(device, HostMemory()).bring(
+        assert not Bounce(device, HostMemory(), Originals(device, HostMemory())).bring(
             FileSlice(file.fileno(), HEADER_BYTES, 10, 0), device.allocate(10)
         )
 
@@ -152,7 +154,7 @@ def test_what_is_worked_on_stays_until_the_next_call_whatever_was_thought_to_com
             FileSlice(file.fileno(), HEADER_BYTES + begin, size_bytes, 0)
             for begin, size_bytes in zip(begins, sizes, strict=True)
         ]
-        way = Bounce(device, HostMemory())
+        way = Bounce(device, HostMemory(), Originals(device, HostMemory()))
         turns = Turns(device, way)
         for number, asked in enumerate(slices):
             if chance.random() < 0.5:
@@ -181,7 +183,7 @@ def test_what_is_worked_on_next_is_under_way_while_compute_is_busy(small_buffers
     monkeypatch.setattr(device, "copy", noted)
     with (tmp_path / "weights").open("rb") as file:
         slices = [FileSlice(file.fileno(), HEADER_BYTES + begin, 1000, 0) for begin in range(0, 6000, 1000)]
-        way = Bounce(device, HostMemory())
+        way = Bounce(device, HostMemory(), Originals(device, HostMemory()))
         turns = Turns(device, way)
         turns.look_ahead(slices[:5])
         counts = []
@@ -199,7 +201,7 @@ def test_what_compute_has_still_to_read_is_not_overwritten(small_buffers, tmp_pa
     results = []
     with (tmp_path / "weights").open("rb") as file:
         slices = [FileSlice(file.fileno(), HEADER_BYTES + begin, 3000, 0) for begin in range(0, 60_000, 3000)]
-        way = Bounce(device, HostMemory())
+        way = Bounce(device, HostMemory(), Originals(device, HostMemory()))
         turns = Turns(device, way)
         for number, asked in enumerate(slices):
             if seed % 2:
@@ -217,7 +219,7 @@ def test_what_compute_has_still_to_read_is_not_overwritten(small_buffers, tmp_pa
 def test_what_came_in_vain_does_not_come_over_what_was_asked_for_after_it(small_buffers, tmp_path, seed):
     expected, device = written(tmp_path, 6000), SimulatedDevice(1 << 30, seed)
     with (tmp_path / "weights").open("rb") as file:
-        way = Bounce(device, HostMemory())
+        way = Bounce(device, HostMemory(), Originals(device, HostMemory()))
         turns = Turns(device, way)
         first, vain = (FileSlice(file.fileno(), HEADER_BYTES + begin, 1000, 0) for begin in (0, 1000))
         turns.look_ahead([first, vain])

@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
+from layerstream.streaming.engine.host_memory import GIB, Ceilings, HostMemory
 from layerstream.streaming.engine.staging import BUFFERS, choose_left, staging_bytes
-from layerstream.streaming.engine.store import GIB, Ceilings, HostMemory
 
 
 def test_those_that_stay_are_spread_evenly_and_stay_while_that_does():

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
+from layerstream.streaming.engine.host_memory import HostMemory
 from layerstream.streaming.engine.simulated import SimulatedDevice
-from layerstream.streaming.engine.store import Buffer, HostMemory, HostStore
+from layerstream.streaming.engine.store import Buffer, HostStore
 
 from walkers import ALL_STREAMED, attach, make_input, make_walker, one_pass, plan_for
 
@@ -23,10 +24,10 @@ class SlowDevice(SimulatedDevice):
         self.refused = refused
         self.turns = 0
 
-    def page_lock(self, memory: torch.Tensor) -> bool:
+    def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
         may_go = memory.nbytes == 1 or self.go.wait(10)
         self.turns += 1
-        return may_go and self.turns - 1 not in self.refused and super().page_lock(memory)
+        return may_go and self.turns - 1 not in self.refused and super().page_lock(memory, is_file)
 
 
 def test_slabs_are_filled_while_the_first_is_locked():
@@ -106,7 +107,7 @@ def test_a_load_that_fails_leaves_no_memory_half_locked():
 
 def test_a_device_that_fails_while_it_locks_loses_no_count():
     class Failing(SimulatedDevice):
-        def page_lock(self, memory: torch.Tensor) -> bool:
+        def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
             raise RuntimeError("device lost")
 
     memory = HostMemory()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layerstream.streaming.engine import bounce, mapped
+from layerstream.streaming.engine import bounce, mapped, originals, store
 from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.session import Marks
 
@@ -31,6 +31,13 @@ def resident_bytes(path: Path) -> int:
         elif is_ours and line.startswith("Rss:"):
             found += 1024 * int(line.split()[1])
     return found
+
+
+@pytest.fixture(autouse=True)
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system on which pages of files cannot be locked where they are."""
+    for module in (originals, store):
+        monkeypatch.setattr(module, "CAN_LOCK", False)
 
 
 @pytest.fixture

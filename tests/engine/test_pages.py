@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch
 from layerstream.streaming.engine import pages
+from layerstream.streaming.engine.host_memory import Ceilings, HostMemory, HostMemoryFull
 from layerstream.streaming.engine.simulated import SimulatedDevice
-from layerstream.streaming.engine.store import Ceilings, HostMemory, HostMemoryFull, Slab
+from layerstream.streaming.engine.store import Slab
 
 from scripts.pack import ROOT
 
@@ -38,9 +39,9 @@ def test_pages_are_there_before_they_are_locked():
     before, resident = resident_bytes(), []
 
     class Locking(SimulatedDevice):
-        def page_lock(self, memory: torch.Tensor) -> bool:
+        def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
             resident.append(resident_bytes() - before)
-            return super().page_lock(memory)
+            return super().page_lock(memory, is_file)
 
     slab = Slab(Locking(1 << 30), HostMemory(), 0, 160 * MIB)
     assert slab.is_locked and resident[0] > 0.9 * slab.size_bytes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from layerstream.streaming.engine.host_memory import HostMemory
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.engine.staging import Staged, Staging, staging_bytes
-from layerstream.streaming.engine.store import HostMemory
 
 
 def counted(reads: list[int], sizes: Mapping[int, int]) -> dict[int, Staged]:

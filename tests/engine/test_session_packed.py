@@ -144,7 +144,7 @@ def test_a_changed_block_that_runs_inside_another_has_its_changes(kept, is_locke
     device = SimulatedDevice(1 << 30, packer=PlainPacker())
     session = attach(walker, device)
     if not is_locked:
-        device.page_lock = lambda memory: False
+        device.page_lock = lambda memory, is_file: False
     # Room for one restored block at a time.
     plan = replace(plan_for(session, kept, prefetch=1, is_packed=True), scratch_bytes=0)
     assert plan.forms[1].is_packed and plan.forms[2].is_packed

@@ -11,11 +11,12 @@ import pytest
 import torch
 from layerstream.streaming.engine.block import take_apart
 from layerstream.streaming.engine.forecast import Form
+from layerstream.streaming.engine.host_memory import Ceilings, HostMemory
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 from layerstream.streaming.engine.staging import Staging
-from layerstream.streaming.engine.store import Ceilings, HostMemory, Slab
+from layerstream.streaming.engine.store import Slab
 
 from walkers import ALL_STREAMED, make_input, make_walker, one_pass, plan_for
 

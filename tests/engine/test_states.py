@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream.streaming.engine import bounce, mapped
+from layerstream.streaming.engine import bounce, mapped, originals, store
 from layerstream.streaming.engine.block import Weight, take_apart
+from layerstream.streaming.engine.host_memory import Ceilings, HostMemory, HostMemoryFull
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
-from layerstream.streaming.engine.store import Ceilings, HostMemory, HostMemoryFull
 
 from mapped_walker import MappedWalker
 from walkers import make_input, make_walker, plan_for
 
-SEEDS, STEPS = 40, 60
+SEEDS, STEPS = 60, 60
 
 COUNT, SIZES = 6, {"width": 160, "inner": (256, 640)}
 CARD_BYTES = 1 << 30
@@ -60,6 +60,16 @@ class Disk:
         return self._read(descriptor, [buffers[0][:60_000]], position)
 
 
+class PickyDevice(SimulatedDevice):
+    """Locks pages of files `file_locks` times and refuses them then."""
+
+    file_locks = 0
+
+    def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
+        self.file_locks -= is_file
+        return not (is_file and self.file_locks < 0) and super().page_lock(memory, is_file)
+
+
 class SessionWalk:
     """A session, and beside it a resident model with the same weights."""
 
@@ -69,7 +79,8 @@ class SessionWalk:
         self.originals = {name: tensor.clone() for name, tensor in self.resident.named_parameters()}
         self.input = make_input(self.resident)
         self.can_pack, is_mapped = self._likely(0.5), self._likely(0.5)
-        self.device = SimulatedDevice(CARD_BYTES, seed, PlainPacker() if self.can_pack else None)
+        self.device = PickyDevice(CARD_BYTES, seed, PlainPacker() if self.can_pack else None)
+        self.device.file_locks = self.chance.choice((0, 1, 20, 100_000))
         self.ceilings = Ceilings()
         self.host_memory = HostMemory(lambda: self.ceilings)
         self.mapped = MappedWalker(folder / "weights", count=COUNT, **SIZES) if is_mapped else None
@@ -270,6 +281,9 @@ def test_any_order_of_steps_gives_the_bits_of_the_resident_model(monkeypatch, tm
     monkeypatch.setattr(bounce, "BUFFER_BYTES", 100_000)
     monkeypatch.setattr(bounce, "BUFFERS", 3)
     monkeypatch.setattr(mapped, "PIECE_BYTES", 30_000)
+    monkeypatch.setattr(originals, "WORTH_BYTES", 1000)
+    monkeypatch.setattr(originals, "LEFT_BYTES", 100_000)
+    monkeypatch.setattr(store, "WORTH_LOCKING_BYTES", 0)
     walk = SessionWalk(seed, Disk(monkeypatch), tmp_path)
     try:
         walk.go(STEPS)

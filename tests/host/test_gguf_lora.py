@@ -117,7 +117,7 @@ def test_a_lora_that_may_not_be_locked_is_applied_all_the_same(pair, monkeypatch
     model, reference, sample = pair
     lora = make_lora(reference, seed=1)
     patched = apply(stream(model, 0.5), lora, 1.0)
-    monkeypatch.setattr(type(patched.stream.device), "page_lock", lambda self, memory: False)
+    monkeypatch.setattr(type(patched.stream.device), "page_lock", lambda self, memory, is_file: False)
     assert torch.equal(sample(patched), sample(apply(reference, lora, 1.0)))
 
 

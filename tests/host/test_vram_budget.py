@@ -14,8 +14,8 @@ from layerstream.nodes.layer_stream_clip import LayerStreamClip
 from layerstream.nodes.layer_stream_model import LayerStreamModel
 from layerstream.nodes.offload_policy import OffloadPolicy
 from layerstream.nodes.vram_budget import VramBudget
+from layerstream.streaming.engine.host_memory import HostMemoryFull
 from layerstream.streaming.engine.plan import BudgetTooSmall
-from layerstream.streaming.engine.store import HostMemoryFull
 from layerstream.streaming.host.budget import Budget, host_memory, within
 from layerstream.streaming.host.devices import device_for
 from layerstream.streaming.host.patcher import StreamingModelPatcher

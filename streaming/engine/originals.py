@@ -1,0 +1,92 @@
+"""Weights on their way to the device, locked in the pages that the system keeps of their file: copied from there at the
+link's full speed, with nothing read.
+
+In: where they lie. Out: their bytes. What will be brought again stays locked: what patches change, and all of a model
+whose plan is still to be measured. Their pages are in memory anyway for as long as nobody else asks for it, so they are
+locked only where much is free, and make way for any slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+
+from .device import Device
+from .host_memory import GIB, HostMemory
+from .mapped import CAN_LOCK, FileSlice
+from .store import FileSlab, Stretch
+
+# So much of what may be locked and taken is left, to slabs and to what else needs RAM.
+LEFT_BYTES = 8 * GIB
+
+# What is smaller is read as fast.
+WORTH_BYTES = 1024**2
+
+
+class Originals:
+    """Those of one model."""
+
+    def __init__(self, device: Device, host_memory: HostMemory) -> None:
+        self._device = device
+        self._host_memory = host_memory
+        self._slabs: dict[FileSlice, FileSlab] = {}
+        self._can_lock = CAN_LOCK
+        self.size_bytes = 0
+        self.is_settled = True
+        """Whether only such are locked as were asked for by `keep_only`."""
+        host_memory.spares.add(self)
+
+    def __contains__(self, file: FileSlice) -> bool:
+        return file in self._slabs
+
+    def lock(self, files: Iterable[FileSlice]) -> None:
+        """Begin to lock those, soonest needed first, as far as there is room.
+
+        Raises OSError when a file has become shorter.
+        """
+        for file in files:
+            if file.size_bytes < WORTH_BYTES or file in self._slabs:
+                continue
+            if not self._can_lock or not self._host_memory.may_lock(file.size_bytes, LEFT_BYTES):
+                return
+            slab = FileSlab(self._device, self._host_memory, 0, file.size_bytes, [Stretch(0, file)])
+            self._slabs[file] = slab
+            self.size_bytes += slab.size_bytes
+            self.is_settled = False
+
+    def relieve(self) -> None:
+        """Give up all where so little is free that they would not be locked now."""
+        if self._slabs and not self._host_memory.may_lock(0, LEFT_BYTES):
+            self.give_up()
+
+    def bytes_of(self, file: FileSlice) -> torch.Tensor | None:
+        """The bytes in locked pages, uint8 [size_bytes]; None where they are not."""
+        slab = self._slabs.get(file)
+        if slab is None:
+            return None
+        if slab.is_locked:
+            return slab.pieces[0].stored
+        self._can_lock = False
+        self.give_up()
+        return None
+
+    def keep_only(self, files: Collection[FileSlice]) -> None:
+        """Give up all others."""
+        for file in self._slabs.keys() - files:
+            slab = self._slabs.pop(file)
+            self.size_bytes -= slab.size_bytes
+            slab.close()
+        self.is_settled = True
+
+    def give_up(self) -> None:
+        """Give up all; copies under way are waited for."""
+        self.keep_only(())
+
+    def finish(self) -> None:
+        """Wait until all are locked that can be."""
+        for slab in self._slabs.values():
+            if not slab.is_locked:
+                self._can_lock = False
+        if not self._can_lock:
+            self.give_up()
