@@ -52,6 +52,10 @@ class Use(enum.Enum):
     FILE = enum.auto()
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class Spare(Protocol):
     """Claimed memory that its owner can do without."""
 
@@ -140,6 +144,14 @@ class HostMemory:
             with self._counting:
                 self.locked_bytes -= size_bytes
         return is_locked
+
+    def close_soon(self, closable: Closable) -> None:
+        """Close what nobody waits for the memory of, by the thread that locks: the device is waited for."""
+        self._locker.submit(closable.close)
+
+    def settle(self) -> None:
+        """Wait until all is closed that was to be soon."""
+        self._locker.submit(int).result()
 
     def give_back(self, size_bytes: int, address: int, locking: Future[bool], device: Device, use: Use) -> None:
         """End what `take` began with memory at `address`.

@@ -21,7 +21,7 @@ from .store import FileSlab, Stretch
 LEFT_BYTES = 8 * GIB
 
 # What is smaller is read as fast.
-WORTH_BYTES = 1024**2
+WORTH_BYTES = 4 * 1024**2
 
 
 class Originals:
@@ -45,15 +45,19 @@ class Originals:
 
         Raises OSError when a file has become shorter.
         """
-        for file in files:
-            if file.size_bytes < WORTH_BYTES or file in self._slabs:
-                continue
-            if not self._can_lock or not self._host_memory.may_lock(file.size_bytes, LEFT_BYTES):
+        new = [file for file in dict.fromkeys(files) if file.size_bytes >= WORTH_BYTES and file not in self._slabs]
+        # The system is asked for its free RAM each time, so for all of them at once where that does.
+        may_all = self._may_lock(sum(file.size_bytes for file in new))
+        for file in new:
+            if not (may_all or self._may_lock(file.size_bytes)):
                 return
             slab = FileSlab(self._device, self._host_memory, 0, file.size_bytes, [Stretch(0, file)])
             self._slabs[file] = slab
             self.size_bytes += slab.size_bytes
             self.is_settled = False
+
+    def _may_lock(self, size_bytes: int) -> bool:
+        return size_bytes > 0 and self._can_lock and self._host_memory.may_lock(size_bytes, LEFT_BYTES)
 
     def relieve(self) -> None:
         """Give up all where so little is free that they would not be locked now."""
@@ -72,16 +76,17 @@ class Originals:
         return None
 
     def keep_only(self, files: Collection[FileSlice]) -> None:
-        """Give up all others."""
+        """Have all others given up soon."""
         for file in self._slabs.keys() - files:
             slab = self._slabs.pop(file)
             self.size_bytes -= slab.size_bytes
-            slab.close()
+            self._host_memory.close_soon(slab)
         self.is_settled = True
 
     def give_up(self) -> None:
         """Give up all; copies under way are waited for."""
         self.keep_only(())
+        self._host_memory.settle()
 
     def finish(self) -> None:
         """Wait until all are locked that can be."""

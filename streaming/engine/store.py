@@ -8,6 +8,7 @@ of a file is locked where it is, and nothing is written.
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
@@ -126,9 +127,9 @@ class FileSlab:
 
     def close(self) -> None:
         """Unlock the pages; safe to call twice."""
-        self.pieces = ()
         for claim in self._claims:
             claim.close()
+        self.pieces = ()  # not before: what is locked must not go away
 
 
 def _pages(size_bytes: int) -> torch.Tensor:
@@ -197,7 +198,8 @@ class HostStore:
         """
         size_bytes = sum(stretch.file.size_bytes for stretch in stretches)
         is_worth = size_bytes > 0 and size_bytes >= WORTH_LOCKING_BYTES * len(stretches)
-        if self._can_lock_files is False or not is_worth or not self.host_memory.may_lock(size_bytes):
+        edges_bytes = 2 * mmap.PAGESIZE * len(stretches)
+        if self._can_lock_files is False or not is_worth or not self.host_memory.may_lock(size_bytes, edges_bytes):
             return None
         self.drop(index)
         try:
@@ -251,8 +253,12 @@ class HostStore:
         else:
             self.page_locked_bytes -= slab.size_bytes * slab.is_locked
         self.host_bytes -= slab.size_bytes
-        slab.close()
+        if isinstance(slab, FileSlab):
+            self.host_memory.close_soon(slab)
+        else:
+            slab.close()
 
     def close(self) -> None:
         for index in list(self._slabs):
             self.drop(index)
+        self.host_memory.settle()

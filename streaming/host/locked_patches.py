@@ -69,19 +69,18 @@ def page_locked(values: Sequence[Any], device: Device, memory: HostMemory, most_
 
 
 class Ferry:
-    """Two page-locked buffers by way of which what patches hold reaches the card, each with as much of the card, for
-    the time of a load: while one is filled, what was in the other is on its way or in use.
+    """Two page-locked buffers by way of which what patches hold reaches the card, for the time of a load: while one is
+    filled, what was in the other is on its way.
     """
 
     def __init__(self, device: Device, memory: HostMemory) -> None:
         self._device = device
         self._memory = memory
-        self._ways: list[tuple[Buffer, torch.Tensor]] = []
+        self._buffers: list[Buffer] = []
         self._used_bytes = 0
 
     def on_card(self, value: Any) -> Any:
-        """`value` with its tensors on the card, where compute finds them until the call after next; itself where there
-        are none, or too large.
+        """`value` with its tensors on the card, where compute finds them; itself where there are none, or too large.
 
         Raises torch.OutOfMemoryError.
         """
@@ -89,36 +88,34 @@ class Ferry:
         size_bytes = sum(align(tensor.nbytes) for tensor in tensors)
         if not 0 < size_bytes <= FERRY_BYTES:
             return value
-        if not self._ways or self._used_bytes + size_bytes > FERRY_BYTES:
-            self._change_ways()
-        buffer, place = self._ways[-1]
-        compute, first, begin = self._device.compute_stream(), self._used_bytes, self._used_bytes
-        there = []
+        if not self._buffers or self._used_bytes + size_bytes > FERRY_BYTES:
+            self._change_buffers()
+        buffer, compute = self._buffers[-1], self._device.compute_stream()
+        stored = buffer.slab.stored[self._used_bytes : self._used_bytes + size_bytes]
+        self._used_bytes += size_bytes
+        memory, there, begin = self._device.allocate(size_bytes), [], 0
         for tensor in tensors:
-            there.append(_written(tensor, buffer.slab.stored[begin:], place[begin:]))
+            there.append(_written(tensor, stored[begin:], memory[begin:]))
             begin += align(tensor.nbytes)
-        # On compute, which reads what lies there until others come.
-        self._device.copy(place[first:begin], buffer.slab.stored[first:begin], compute, compute)
+        self._device.copy(memory, stored, compute, compute)
         buffer.sent.record(compute)
-        self._used_bytes = begin
         coming = iter(there)
         return _replaced(value, lambda _: next(coming))
 
-    def _change_ways(self) -> None:
-        if len(self._ways) < 2:
-            place = self._device.allocate(FERRY_BYTES)
-            self._ways.append((Buffer(self._device, self._memory, FERRY_BYTES), place))
+    def _change_buffers(self) -> None:
+        if len(self._buffers) < 2:
+            self._buffers.append(Buffer(self._device, self._memory, FERRY_BYTES))
         else:
-            self._ways.reverse()
-            self._ways[-1][0].sent.synchronize()
+            self._buffers.reverse()
+            self._buffers[-1].sent.synchronize()
         self._used_bytes = 0
 
     def close(self) -> None:
         """Give the buffers back, after the copies from them."""
-        for buffer, _ in self._ways:
+        for buffer in self._buffers:
             buffer.sent.synchronize()
             buffer.slab.close()
-        self._ways.clear()
+        self._buffers.clear()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -41,7 +41,9 @@ def locks_of(monkeypatch, streamed: StreamingModelPatcher) -> list[int]:
     """A list that gets the size of each piece of memory as it is locked for the card of `streamed`."""
     device, locked = type(streamed.stream.device), []
     lock = device.page_lock
-    monkeypatch.setattr(device, "page_lock", lambda *args: (locked.append(args[1].nbytes), lock(*args))[1])
+    monkeypatch.setattr(
+        device, "page_lock", lambda *args, **how: (locked.append(args[1].nbytes), lock(*args, **how))[1]
+    )
     return locked
 
 
