@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.hosting import has_dynamic_vram, start_host
-from bench.lora import apply_lora, random_lora
+from bench.lora import apply_lora, load_lora
 from bench.measured import Measured, Residency, timed_run
 from bench.model_file import is_gguf
 from bench.spec import StepSpec
@@ -119,7 +119,7 @@ def _patched(model: Any, spec: StepSpec) -> tuple[Any, Callable[[float], Any] | 
     """The model with the LoRA that is asked for, and a function that gives it another strength; without one, itself."""
     if not spec.lora_rank:
         return model, None
-    lora = random_lora(model, spec.lora_rank)
+    lora = load_lora(model, spec.lora_rank, Path(spec.checkpoint_path))
     return apply_lora(model, lora, 1.0), lambda strength: apply_lora(model, lora, strength)
 
 

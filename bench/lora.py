@@ -1,10 +1,11 @@
 """A LoRA with random values on every large matrix of a model, as a person has several.
 
-In: a host's model patcher. Out: a clone of it with the LoRA, made by the host's own loader of LoRAs.
+In: a host's model patcher. Out: a clone of it with the LoRA, which the host has loaded from a file.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 # Smaller matrices, such as those of time embeddings and norms, have none in published LoRAs of blocks.
@@ -24,6 +25,19 @@ def random_lora(model: Any, rank: int, seed: int = 0) -> dict[str, Any]:
             tensors[f"{base}.lora_up.weight"] = SPREAD * torch.randn(rows, rank, generator=generator)
             tensors[f"{base}.lora_down.weight"] = SPREAD * torch.randn(rank, columns, generator=generator)
     return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def load_lora(model: Any, rank: int, checkpoint: Path) -> dict[str, Any]:
+    """The same as the host reads it from a file, which is written beside `checkpoint` unless it is there."""
+    import comfy.utils
+    from safetensors.torch import save_file
+
+    path = checkpoint.with_name(f"{checkpoint.stem}-lora-{rank}.safetensors")
+    if not path.exists():
+        unfinished = path.with_suffix(".partial")
+        save_file(random_lora(model, rank), unfinished)
+        unfinished.replace(path)
+    return comfy.utils.load_torch_file(str(path), safe_load=True)
 
 
 def apply_lora(model: Any, lora: dict[str, Any], strength: float) -> Any:

@@ -349,7 +349,7 @@ class BlockLoader:
             self._returns.send(changed.detach().view(-1).view(torch.uint8), piece)
         else:
             weight.codec.encode(source, piece)
-        if file is not None:
+        if file is not None and (changed is None or changed.device.type == "cpu"):
             file.release()
 
     def _is_returned(self, weight: Weight, changed: torch.Tensor) -> bool:

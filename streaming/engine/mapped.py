@@ -93,6 +93,10 @@ class FileSlice(NamedTuple):
         pages = file_pages(self.descriptor, self.offset - begin, begin + self.size_bytes)
         return pages, pages[begin : begin + self.size_bytes]
 
+    def whole(self) -> FileSlice:
+        """The whole file."""
+        return FileSlice(self.descriptor, 0, os.fstat(self.descriptor).st_size, self.address - self.offset)
+
     def is_followed_by(self, other: FileSlice, distance: int) -> bool:
         """Whether `other` begins `distance` bytes after these do, in the same file."""
         is_same = (self.descriptor, self.address - self.offset) == (other.descriptor, other.address - other.offset)

@@ -2,8 +2,9 @@
 in passing, of those that are baked.
 
 In: values of `add_patches`. Out: the same, with tensors that cross the link at its full speed while the host goes on,
-or with tensors on the card that were copied from there. From ordinary memory each would be converted by the processor
-and copied at a fraction of that speed, and the host would wait for each, and for all that compute has to do before.
+or with tensors on the card that were copied from there, or from their file where the system keeps it. From ordinary
+memory each would be converted by the processor and copied at a fraction of that speed, and the host would wait for each,
+and for all that compute has to do before.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from comfy.weight_adapter import WeightAdapterBase
 from ..engine.codec import align, codec_for
 from ..engine.device import Device
 from ..engine.host_memory import HostMemory, HostMemoryFull
+from ..engine.mapped import FileSlice
+from ..engine.originals import Originals
 from ..engine.pages import copy_alone
 from ..engine.store import Buffer, Slab
+from .files import file_of
 
 # Two of these are locked while patches are baked. What holds more than one, as merges do, goes its way without.
 FERRY_BYTES = 16 * 1024**2
@@ -69,13 +73,15 @@ def page_locked(values: Sequence[Any], device: Device, memory: HostMemory, most_
 
 
 class Ferry:
-    """Two page-locked buffers by way of which what patches hold reaches the card, for the time of a load: while one is
-    filled, what was in the other is on its way.
+    """The way of what patches hold to the card, for the time of a load: from their file, as `files` locks it, or through
+    two page-locked buffers: while one is filled, what was in the other is on its way.
     """
 
-    def __init__(self, device: Device, memory: HostMemory) -> None:
+    def __init__(self, device: Device, memory: HostMemory, files: Originals) -> None:
         self._device = device
         self._memory = memory
+        self._files = files
+        self._used_files: set[FileSlice] = set()
         self._buffers: list[Buffer] = []
         self._used_bytes = 0
 
@@ -86,8 +92,42 @@ class Ferry:
         """
         tensors = _tensors(value)
         size_bytes = sum(align(tensor.nbytes) for tensor in tensors)
-        if not 0 < size_bytes <= FERRY_BYTES:
+        in_files = [self._in_file(tensor) for tensor in tensors]
+        if tensors and None not in in_files:
+            there = self._from_files(tensors, in_files, size_bytes)
+        elif 0 < size_bytes <= FERRY_BYTES:
+            there = self._from_buffer(tensors, size_bytes)
+        else:
             return value
+        coming = iter(there)
+        return _replaced(value, lambda _: next(coming))
+
+    def _in_file(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The bytes of `tensor` in the locked pages of its file; None where it has none, or they cannot be locked."""
+        file = file_of(tensor)
+        if file is None:
+            return None
+        whole = file.whole()
+        if whole not in self._used_files:
+            self._files.lock([whole])
+            self._used_files.add(whole)
+        pages = self._files.bytes_of(whole)
+        return None if pages is None else pages[file.offset : file.offset + file.size_bytes]
+
+    def _from_files(
+        self, tensors: Sequence[torch.Tensor], stored: Sequence[torch.Tensor | None], size_bytes: int
+    ) -> list[torch.Tensor]:
+        compute, memory = self._device.compute_stream(), self._device.allocate(size_bytes)
+        there, begin = [], 0
+        for tensor, source in zip(tensors, stored, strict=True):
+            assert source is not None
+            place = memory[begin : begin + tensor.nbytes]
+            self._device.copy(place, source, compute, compute)
+            there.append(place.view(tensor.dtype).view(tensor.shape))
+            begin += align(tensor.nbytes)
+        return there
+
+    def _from_buffer(self, tensors: Sequence[torch.Tensor], size_bytes: int) -> list[torch.Tensor]:
         if not self._buffers or self._used_bytes + size_bytes > FERRY_BYTES:
             self._change_buffers()
         buffer, compute = self._buffers[-1], self._device.compute_stream()
@@ -99,8 +139,7 @@ class Ferry:
             begin += align(tensor.nbytes)
         self._device.copy(memory, stored, compute, compute)
         buffer.sent.record(compute)
-        coming = iter(there)
-        return _replaced(value, lambda _: next(coming))
+        return there
 
     def _change_buffers(self) -> None:
         if len(self._buffers) < 2:
@@ -111,7 +150,9 @@ class Ferry:
         self._used_bytes = 0
 
     def close(self) -> None:
-        """Give the buffers back, after the copies from them."""
+        """Give the buffers back, after the copies from them. Files that other patches were in are no longer locked."""
+        if self._used_files:
+            self._files.keep_only(self._used_files)
         for buffer in self._buffers:
             buffer.sent.synchronize()
             buffer.slab.close()

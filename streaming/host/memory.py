@@ -18,7 +18,8 @@ import torch
 from ..engine.simulated import SimulatedDevice
 from .budget import available_ram_bytes
 from .devices import device_for
-from .streams import ModelStream, is_mapped
+from .files import is_mapped
+from .streams import ModelStream
 
 ASK_DRIVER_EVERY_S = 1.0
 
@@ -130,7 +131,7 @@ class RamUse(NamedTuple):
 def ram_use(streams: Sequence[ModelStream]) -> RamUse:
     """What streaming holds of RAM."""
     sessions = [stream.session for stream in streams]
-    spare_bytes = sum(session.spare_bytes for session in sessions)
+    spare_bytes = sum(stream.spare_bytes for stream in streams)
     return RamUse(
         psutil.virtual_memory().total,
         available_ram_bytes(),

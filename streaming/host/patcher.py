@@ -228,7 +228,7 @@ class StreamingModelPatcher(ModelPatcher):
         """
         session = self.stream.session
         progress = comfy.utils.ProgressBar(session.total_bytes).update_absolute if fresh else _no_progress
-        marks, ferry = self._marks(), Ferry(self.stream.device, host_memory())
+        marks, ferry = self._marks(), Ferry(self.stream.device, host_memory(), self.stream.patch_files)
         # Scheduled hooks change weights in place, where a file cannot be changed.
         load = partial(
             session.load,
@@ -251,6 +251,8 @@ class StreamingModelPatcher(ModelPatcher):
                         stream_all=is_all_streamed,
                     )
                 )
+        if not self.patches:
+            self.stream.patch_files.keep_only(())
         return has_moved
 
     @contextmanager

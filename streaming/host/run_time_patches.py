@@ -21,11 +21,11 @@ from ..engine.device import Device
 from ..engine.moving import cut_of, is_block_mapped
 from .budget import host_memory, within
 from .casting import FLAG
+from .files import is_mapped
 from .locked_patches import Locked, page_locked
 from .patched import LAYER_WEIGHTS
 from .planning import has_room_beside, least_streamed_bytes
 from .settings import GIB, Patching
-from .streams import is_mapped
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher

@@ -22,15 +22,14 @@ from comfy_execution.utils import get_executing_context
 from ..engine.block import take_apart
 from ..engine.codec import align
 from ..engine.device import Device
-from ..engine.mapped import FileSlice
 from ..engine.meter import PassTimes
+from ..engine.originals import Originals
 from ..engine.plan import Packing
 from ..engine.session import Session
-from ..formats.gguf_file import MAPPED_FILE as GGUF_FILE
-from ..formats.gguf_tensor import GgufTensor
 from .budget import SPARE_RAM_BYTES, available_ram_bytes, host_memory
 from .casting import CastSwitch
 from .families import Family, family_of
+from .files import file_of, is_mapped
 from .moves import Moves
 from .restraint import FREE, Restraint
 from .settings import Patching, StreamingSettings
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from .run_time_patches import RunTimePatch, RunTimePatches
 
 ROOT = "diffusion_model"
-
-# Where newer versions of ComfyUI note, at a storage that they map, of which file it is.
-COMFY_FILE = "_comfy_tensor_file_slice"
 
 # What a model that was short of RAM wants of it, against what it needs, before it is taken to have enough again.
 ENOUGH = 1.2
@@ -127,12 +123,22 @@ class ModelStream:
     """The patches that were brought to the card; whoever else unloads the model has them leave it."""
     without_room: set[tuple[uuid.UUID, Patching]] = field(default_factory=set)
     """The sets of patches that RAM once had no room to bake."""
+    patch_files: Originals = field(init=False)
+    """The files of the patches that were baked last, locked where the system keeps them while RAM has room."""
     casting: CastSwitch = field(default_factory=CastSwitch)
     number: int = field(default_factory=itertools.count(1).__next__)
     """What tells it from other streams where it is shown."""
     node_ids: set[str] = field(default_factory=set)
     """The nodes of graphs that asked for it, which show what it does."""
     _session: Session | None = None
+
+    def __post_init__(self) -> None:
+        self.patch_files = Originals(self.device, host_memory())
+
+    @property
+    def spare_bytes(self) -> int:
+        """What is locked of RAM and makes way for anything else."""
+        return self.patch_files.size_bytes + (self.session.spare_bytes if self.is_open else 0)
 
     @property
     def is_in_place(self) -> bool:
@@ -343,30 +349,3 @@ def stream_for(patcher: ModelPatcher, device: Device, family: Family | None = No
     stream = ModelStream(model, device, family, root)
     _streams[id(model)] = stream
     return stream
-
-
-def is_mapped(tensor: torch.Tensor) -> bool:
-    """True for a weight that is mapped from its file: its pages cost nothing that the system cannot take back."""
-    if tensor.is_meta:
-        return True
-    storage = _plain(tensor).untyped_storage()
-    return hasattr(storage, COMFY_FILE) or hasattr(storage, GGUF_FILE)
-
-
-def file_of(tensor: torch.Tensor) -> FileSlice | None:
-    """Where in its file a weight lies that is mapped; None for any other, and where pieces of it are scattered."""
-    plain = _plain(tensor)
-    if plain.is_meta or not plain.is_contiguous():
-        return None
-    begin, storage = int(plain.storage_offset()) * plain.itemsize, plain.untyped_storage()
-    gguf_file, where = getattr(storage, GGUF_FILE, None), getattr(storage, COMFY_FILE, None)
-    if gguf_file is not None:
-        return FileSlice(gguf_file.fileno(), begin, plain.nbytes, plain.data_ptr())
-    if where is not None and isinstance(where.file_ref, int):
-        return FileSlice(where.file_ref, where.offset + begin, plain.nbytes, plain.data_ptr())
-    return None
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor of plain memory that holds the numbers of a quantised one; any other as it is."""
-    return tensor.stored if isinstance(tensor, GgufTensor) else getattr(tensor, "_qdata", tensor)

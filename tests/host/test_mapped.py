@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layerstream.streaming.host import streams
-from layerstream.streaming.host.streams import file_of, is_mapped
+from layerstream.streaming.host.files import file_of, is_mapped
 
 from streamed import assert_same_weights, on_simulated_card, stream, weights_of
 
