@@ -98,7 +98,7 @@ class BlockLoader:
             files += found
             worked_on += changing_files
             ahead_bytes += sum(file.size_bytes for file in found) if number else 0
-        self.originals.lock(files)
+        self.originals.lock(worked_on)
         self._bounce.look_ahead(file for file in files if file != self._turns.under_way)
         self._turns.look_ahead(worked_on)
 
@@ -382,9 +382,8 @@ class BlockLoader:
 
     def keep_originals(self, patched: Iterable[Block], will_change: Callable[[Weight], bool]) -> None:
         """Have no originals locked but those of the weights in `patched` blocks that will be worked on again."""
-        if not self.originals.is_settled:
-            weights = (weight for block in patched for weight in block.weights if will_change(weight))
-            self.originals.keep_only(set(self._files(weights)))
+        weights = (weight for block in patched for weight in block.weights if will_change(weight))
+        self.originals.keep_only(set(self._files(weights)))
 
     def reserve(self, blocks: Mapping[int, Block]) -> None:
         """Take the device memory of blocks that will stay there as they are, by their index; no hole among them stays
@@ -405,6 +404,7 @@ class BlockLoader:
         self._returns.finish()
         self._foreseen.clear()
         self._reserved.clear()
+        self.store.host_memory.settle()  # what is unlocked in the midst of a run holds up what the device is asked for
 
     def close(self) -> None:
         self.finish()

@@ -1,9 +1,8 @@
-"""Weights on their way to the device, locked in the pages that the system keeps of their file: copied from there at the
-link's full speed, with nothing read.
+"""Weights that are worked on whenever patches change, locked in the pages that the system keeps of their file: copied
+from there at the link's full speed, with nothing read.
 
-In: where they lie. Out: their bytes. What will be brought again stays locked: what patches change, and all of a model
-whose plan is still to be measured. Their pages are in memory anyway for as long as nobody else asks for it, so they are
-locked only where much is free, and make way for any slab.
+In: where they lie. Out: their bytes. Their pages are in memory anyway for as long as nobody else asks for it, so they
+are locked only where much is free, and make way for any slab.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ class Originals:
         self._slabs: dict[FileSlice, FileSlab] = {}
         self._can_lock = CAN_LOCK
         self.size_bytes = 0
-        self.is_settled = True
-        """Whether only such are locked as were asked for by `keep_only`."""
         host_memory.spares.add(self)
 
     def __contains__(self, file: FileSlice) -> bool:
@@ -54,7 +51,6 @@ class Originals:
             slab = FileSlab(self._device, self._host_memory, 0, file.size_bytes, [Stretch(0, file)])
             self._slabs[file] = slab
             self.size_bytes += slab.size_bytes
-            self.is_settled = False
 
     def _may_lock(self, size_bytes: int) -> bool:
         return size_bytes > 0 and self._can_lock and self._host_memory.may_lock(size_bytes, LEFT_BYTES)
@@ -81,7 +77,6 @@ class Originals:
             slab = self._slabs.pop(file)
             self.size_bytes -= slab.size_bytes
             self._host_memory.close_soon(slab)
-        self.is_settled = True
 
     def give_up(self) -> None:
         """Give up all; copies under way are waited for."""

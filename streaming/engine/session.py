@@ -221,9 +221,7 @@ class Session:
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of host memory beside that, which make way for anything else: pages of files that stay locked because
-        they are brought to the device again and again.
-        """
+        """Bytes of host memory beside that, which make way for anything else: originals of what is changed."""
         return self._loader.originals.size_bytes
 
     @property
@@ -264,7 +262,7 @@ class Session:
         assert not self.is_running, "a plan cannot change inside a pass"
         marks = marks or Marks((None,) * len(self.parts.blocks), None)
         is_there = plan == self.plan and marks == self._marks and not self._evicted
-        if is_there and not afresh and plan.is_resident and not self.host_bytes and not self.spare_bytes:
+        if is_there and not afresh and plan.is_resident and not self.host_bytes:
             return False  # nor has host memory anything to give up
         was_in_run = self.is_in_run
         self.end_run()
@@ -297,7 +295,7 @@ class Session:
             if is_outside_stale:
                 self._loader.keep_outside(self.parts.outside, marks.outside, changed, will_change)
             self._load_blocks(plan, stale, marks, changed, will_change, progress)
-            if not stale:  # the plan has settled
+            if marks != old and self.spare_bytes:
                 patched = [block for block, mark in zip(blocks, marks.blocks, strict=True) if mark is not None]
                 self._loader.keep_originals([*patched, self.parts.outside], will_change)
             self.device.compute_stream().synchronize()  # slabs may be written again from now on

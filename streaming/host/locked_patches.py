@@ -3,8 +3,8 @@ in passing, of those that are baked.
 
 In: values of `add_patches`. Out: the same, with tensors that cross the link at its full speed while the host goes on,
 or with tensors on the card that were copied from there, or from their file where the system keeps it. From ordinary
-memory each would be converted by the processor and copied at a fraction of that speed, and the host would wait for each,
-and for all that compute has to do before.
+memory each would be converted by the processor and copied at a fraction of that speed, and the host would wait for
+each, and for all that compute has to do before.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def page_locked(values: Sequence[Any], device: Device, memory: HostMemory, most_
 
 
 class Ferry:
-    """The way of what patches hold to the card, for the time of a load: from their file, as `files` locks it, or through
-    two page-locked buffers: while one is filled, what was in the other is on its way.
+    """The way of what patches hold to the card, for the time of a load: from their file, as `files` locks it, or by way
+    of two page-locked buffers: while one is filled, what was in the other is on its way.
     """
 
     def __init__(self, device: Device, memory: HostMemory, files: Originals) -> None:

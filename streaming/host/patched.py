@@ -56,12 +56,14 @@ def baked(patcher: StreamingModelPatcher, ferry: Ferry, weight: Weight) -> torch
     if key is None:
         return None
     weight.put(weight.home)
+    held = patcher.patches[key]
+    # Asked for before the weight that comes next, which the card would serve first otherwise, whatever its stream.
+    there = ferry.on_card(held)
     on_card = patcher.stream.session.home_on_device(weight)
     if on_card is not None:
         patcher.backup.setdefault(key, Backup(comfy.utils.get_attr(patcher.model, key), inplace_update=False))
         weight.put(on_card)
-    held = patcher.patches[key]
-    patcher.patches[key] = ferry.on_card(held)
+    patcher.patches[key] = there
     try:
         patcher.patch_weight_to_device(key, device_to=patcher.load_device)
     finally:
