@@ -5,6 +5,7 @@ In: a host's model patcher. Out: a clone of it with the LoRA, which the host has
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def load_lora(model: Any, rank: int, checkpoint: Path) -> dict[str, Any]:
     if not path.exists():
         unfinished = path.with_suffix(".partial")
         save_file(random_lora(model, rank), unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # what the system has still to write to the disk holds up whoever maps it
         unfinished.replace(path)
     return comfy.utils.load_torch_file(str(path), safe_load=True)
 

@@ -8,6 +8,7 @@ and every so often after them. Events are read when they are long past; only tho
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -67,8 +68,8 @@ class PassTimes:
     pass_ms: float = 0.0
     tail_ms: float = 0.0
     restored_bytes: int = 0
-    copied_bytes: int = 0
-    copying_ms: float = 0.0
+    link: float = 0.0
+    """Bytes a millisecond of the median copy: one that was held up says nothing of the link."""
     blocks: dict[int, BlockTimes] = field(default_factory=dict)
 
     @property
@@ -242,12 +243,13 @@ class Meter:
         for restore in self._restores:
             times.blocks.setdefault(restore.index, BlockTimes()).restore_ms += restore.begun.elapsed_time(restore.ended)
             times.restored_bytes += restore.size_bytes
+        rates = []
         for copy in self._copies:
             copy_ms = copy.begun.elapsed_time(copy.ended)
             times.blocks.setdefault(copy.index, BlockTimes()).copy_ms += copy_ms
-            if copy.size_bytes >= TELLING_COPY_BYTES:
-                times.copied_bytes += copy.size_bytes
-                times.copying_ms += copy_ms
+            if copy.size_bytes >= TELLING_COPY_BYTES and copy_ms > 0:
+                rates.append(copy.size_bytes / copy_ms)
+        times.link = statistics.median(rates) if rates else 0.0
         self.times = times
         self.best = times if self.best is None else times.at_best(self.best)
         self._note_rates(times)
@@ -260,10 +262,8 @@ class Meter:
     def _note_rates(self, times: PassTimes) -> None:
         """Work out `rates`; what this pass did not show is as before, or as assumed."""
         restore_ms = times.total_ms("restore_ms")
-        link = self.rates.link if self.rates else 0.0
+        link = times.link or (self.rates.link if self.rates else 0.0)
         restore = self.rates.restore if self.rates else self._device.assumed_restore
-        if times.copying_ms > 0:
-            link = times.copied_bytes / times.copying_ms
         if times.restored_bytes and restore_ms > 0:
             restore = times.restored_bytes / restore_ms
         if link:

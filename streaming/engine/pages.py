@@ -14,6 +14,7 @@ import os
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
@@ -34,13 +35,22 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MOST_MMAP_THRESHOLD_BYTES = 32 * 1024**2
 
 
+@cache
+def _system() -> ctypes.CDLL:
+    """The system's own functions. Made once: each such object is a class of its own, and there were hundreds a load."""
+    system = ctypes.CDLL(None, use_errno=True)
+    if hasattr(system, "mmap"):
+        system.mmap.restype = ctypes.c_void_p
+    return system
+
+
 def keep_freed_pages() -> None:
     """Have `malloc` keep pages that were freed for who asks next, as far as it would in the end.
 
     While work waits for copies, up to 10 MiB more are taken in the course of a step than are needed at its end. glibc
     gave them back and took them again in every step: SDXL took 95 to 101 ms a step instead of 76 to 81.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = getattr(_system(), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, MOST_MMAP_THRESHOLD_BYTES)
         mallopt(TRIM_THRESHOLD, 2 * MOST_MMAP_THRESHOLD_BYTES)
@@ -48,7 +58,7 @@ def keep_freed_pages() -> None:
 
 def advise(address: int, size_bytes: int, advice: int) -> None:
     """Give the system `advice` (`MADV_...`) on the pages from `address` on. Where it is not taken nothing changes."""
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), advice)
+    _system().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), advice)
 
 
 def give_back_mapped(address: int, size_bytes: int) -> None:
@@ -88,8 +98,7 @@ def file_pages(descriptor: int, offset: int, size_bytes: int) -> torch.Tensor:
     Raises OSError where the file cannot be mapped.
     """
     size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    system = ctypes.CDLL(None, use_errno=True)
-    system.mmap.restype = ctypes.c_void_p
+    system = _system()
     address = system.mmap(
         None, ctypes.c_size_t(size_bytes), mmap.PROT_READ, mmap.MAP_SHARED, descriptor, ctypes.c_int64(offset)
     )

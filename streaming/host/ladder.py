@@ -24,6 +24,7 @@ from .policy import Stage
 from .restraint import FREE, Restraint
 from .settings import GIB
 from .streams import live_streams
+from .swallowed import is_out_of_memory
 
 logger = logging.getLogger("layerstream")
 
@@ -85,7 +86,7 @@ def climb_down(
             result = attempt(standing)
             break
         except (RuntimeError, BudgetTooSmall) as error:
-            if not _is_out_of_memory(error) and not (isinstance(error, BudgetTooSmall) and standing.rungs):
+            if not is_out_of_memory(error) and not (isinstance(error, BudgetTooSmall) and standing.rungs):
                 raise
             said = str(error).partition("\n")[0]
         # Only here, with the error gone, is what it referred to free.
@@ -150,12 +151,6 @@ def _evict_idle(patcher: Any) -> None:
         comfy.model_management.free_memory(1e30, patcher.load_device, keep_loaded=kept)
     gc.collect()
     comfy.model_management.soft_empty_cache()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    )
 
 
 def _final(kind: Stage, standing: Standing, remedy: str, said: str) -> str:

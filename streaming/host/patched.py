@@ -17,6 +17,7 @@ from ..engine.block import Block, Weight
 from ..engine.moving import cut_of
 from .casting import FLAG
 from .locked_patches import Ferry
+from .swallowed import raising_swallowed
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
@@ -65,7 +66,8 @@ def baked(patcher: StreamingModelPatcher, ferry: Ferry, weight: Weight) -> torch
         weight.put(on_card)
     patcher.patches[key] = there
     try:
-        patcher.patch_weight_to_device(key, device_to=patcher.load_device)
+        with raising_swallowed():
+            patcher.patch_weight_to_device(key, device_to=patcher.load_device)
     finally:
         patcher.patches[key] = held
     return comfy.utils.get_attr(patcher.model, key)

@@ -26,6 +26,7 @@ from .locked_patches import Locked, page_locked
 from .patched import LAYER_WEIGHTS
 from .planning import has_room_beside, least_streamed_bytes
 from .settings import GIB, Patching
+from .swallowed import raising_swallowed
 
 if TYPE_CHECKING:
     from .patcher import StreamingModelPatcher
@@ -44,7 +45,8 @@ class RunTimePatch(LowVramPatch):
     _on_card: LowVramPatch | None = None
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        return super().__call__(weight) if self._on_card is None else self._on_card(weight)
+        with raising_swallowed():
+            return super().__call__(weight) if self._on_card is None else self._on_card(weight)
 
     @property
     def locked_bytes(self) -> int:

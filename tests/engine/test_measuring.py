@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layerstream.streaming.engine import meter
+from layerstream.streaming.engine import meter, simulated
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.plan import Packing
 from layerstream.streaming.engine.simulated import SimulatedDevice
@@ -52,6 +52,32 @@ def test_what_a_pass_took_is_measured_and_planned_with(monkeypatch):
     assert 0 < forecast.compute_ms <= 1.001 * (parts - times.total_ms("wait_ms"))
     session.load(session.propose(session.plan.device_bytes + 400_000))
     assert torch.equal(one_pass(session, walker, x), expected)
+
+
+def test_a_copy_that_is_held_up_says_nothing_of_the_link(monkeypatch):
+    class HoldingUp(SimulatedDevice):
+        ticks = 0
+
+        def copy(self, destination, source, stream, compute) -> None:
+            super().copy(destination, source, stream, compute)
+            self.copies = getattr(self, "copies", 0) + 1
+            if self.copies % 12 == 5:
+                stream.append(lambda: [simulated.time.perf_counter() for _ in range(self.ticks)])
+
+    def link_of(ticks: int) -> float:
+        walker = make_walker(count=12)
+        x = make_input(walker)
+        device = HoldingUp(1 << 30, has_clock=True)
+        device.ticks = ticks
+        session = attach(walker, device)
+        session.load(plan_for(session, 0.0))
+        for _ in range(3):
+            one_pass(session, walker, x)
+        assert session.measure()
+        return session.meter.rates.link
+
+    monkeypatch.setattr(meter, "TELLING_COPY_BYTES", 1)
+    assert link_of(10_000) == pytest.approx(link_of(0), rel=0.2)
 
 
 def test_a_block_that_runs_several_times_is_brought_and_counted_as_often(monkeypatch):
