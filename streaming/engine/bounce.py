@@ -1,11 +1,10 @@
-"""Brings what a file holds to the device by way of page-locked buffers, some are read, others copied; and what was made
-of it back.
+"""Brings what a file holds to the device by way of page-locked buffers: some are read, others copied. And what was made
+of it back to the host.
 
 In: where bytes lie in a file, and device memory, or none for what is only worked on. Out: the bytes there, as soon as
 the compute stream has come so far.
-Copied from its mapping, they would have the mapping's pages count as this process's memory. What is locked in pages of
-its own is copied from there. What will be asked for next
-is read ahead, while whoever asks is busy with what came.
+Copied from its mapping, they would have the mapping's pages count as this process's memory; what is locked in pages of
+its own is copied from there. What will be asked for next is read ahead, while whoever asks is busy with what came.
 """
 
 from __future__ import annotations

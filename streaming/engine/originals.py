@@ -7,7 +7,9 @@ are locked only where much is free, and make way for any slab.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -23,33 +25,48 @@ LEFT_BYTES = 8 * GIB
 WORTH_BYTES = 4 * 1024**2
 
 
+class _Key(NamedTuple):
+    """What tells bytes of files apart: the same number and address may be another file's by now."""
+
+    file: FileSlice
+    device: int
+    inode: int
+    changed_ns: int
+
+
 class Originals:
     """Those of one model."""
 
     def __init__(self, device: Device, host_memory: HostMemory) -> None:
         self._device = device
         self._host_memory = host_memory
-        self._slabs: dict[FileSlice, FileSlab] = {}
+        self._slabs: dict[_Key, FileSlab] = {}
         self._can_lock = CAN_LOCK
         self.size_bytes = 0
         host_memory.spares.add(self)
 
     def __contains__(self, file: FileSlice) -> bool:
-        return file in self._slabs
+        return bool(self._slabs) and _key(file) in self._slabs
 
     def lock(self, files: Iterable[FileSlice]) -> None:
         """Begin to lock those, soonest needed first, as far as there is room.
 
         Raises OSError when a file has become shorter.
         """
-        new = [file for file in dict.fromkeys(files) if file.size_bytes >= WORTH_BYTES and file not in self._slabs]
+        new = [file for file in dict.fromkeys(files) if file.size_bytes >= WORTH_BYTES and file not in self]
         # The system is asked for its free RAM each time, so for all of them at once where that does.
         may_all = self._may_lock(sum(file.size_bytes for file in new))
         for file in new:
             if not (may_all or self._may_lock(file.size_bytes)):
                 return
-            slab = FileSlab(self._device, self._host_memory, 0, file.size_bytes, [Stretch(0, file)])
-            self._slabs[file] = slab
+            try:
+                slab = FileSlab(self._device, self._host_memory, 0, file.size_bytes, [Stretch(0, file)])
+            except OSError as error:
+                if error.errno is None:
+                    raise
+                self._can_lock = False  # it cannot be mapped
+                return
+            self._slabs[_key(file)] = slab
             self.size_bytes += slab.size_bytes
 
     def _may_lock(self, size_bytes: int) -> bool:
@@ -62,7 +79,7 @@ class Originals:
 
     def bytes_of(self, file: FileSlice) -> torch.Tensor | None:
         """The bytes in locked pages, uint8 [size_bytes]; None where they are not."""
-        slab = self._slabs.get(file)
+        slab = self._slabs.get(_key(file)) if self._slabs else None
         if slab is None:
             return None
         if slab.is_locked:
@@ -73,8 +90,8 @@ class Originals:
 
     def keep_only(self, files: Collection[FileSlice]) -> None:
         """Have all others given up soon."""
-        for file in self._slabs.keys() - files:
-            slab = self._slabs.pop(file)
+        for key in self._slabs.keys() - set(map(_key, files)):
+            slab = self._slabs.pop(key)
             self.size_bytes -= slab.size_bytes
             self._host_memory.close_soon(slab)
 
@@ -90,3 +107,8 @@ class Originals:
                 self._can_lock = False
         if not self._can_lock:
             self.give_up()
+
+
+def _key(file: FileSlice) -> _Key:
+    found = os.fstat(file.descriptor)
+    return _Key(file, found.st_dev, found.st_ino, found.st_mtime_ns)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from layerstream.streaming.engine import bounce, originals, store
 from layerstream.streaming.engine.host_memory import Ceilings, HostMemory
+from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.originals import Originals
 from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
@@ -121,8 +122,6 @@ def test_neighbours_of_a_file_are_one_copy_and_weights_that_lie_apart_several(tm
 
 
 def model_slice(file, begin: int, size_bytes: int):
-    from layerstream.streaming.engine.mapped import FileSlice
-
     return FileSlice(file.fileno(), HEADER_BYTES + begin, size_bytes, 10**9 + HEADER_BYTES + begin)
 
 
@@ -222,6 +221,35 @@ def test_other_changes_read_nothing_again(tmp_path, read_bytes, kept):
     session.load(plan_for(session, kept), **changed_of(session, 1.0))
     assert session.spare_bytes == 0, "without changes nothing is brought again"
     assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
+
+
+def test_another_file_under_the_same_number_is_another_one(tmp_path):
+    """As when a LoRA makes way for another one of its size, which is opened and mapped where that was."""
+    device, memory = SimulatedDevice(1 << 30), HostMemory()
+    found, paths = Originals(device, memory), [tmp_path / name for name in "ab"]
+    for path, value in zip(paths, (1, 2), strict=True):
+        path.write_bytes(bytes([value]) * 5000)
+    with paths[0].open("rb") as first, paths[1].open("rb") as second:
+        file = FileSlice(first.fileno(), 0, 5000, 1 << 20)
+        found.lock([file])
+        assert file in found and found.bytes_of(file).unique().tolist() == [1]
+        os.dup2(second.fileno(), first.fileno())
+        assert file not in found and found.bytes_of(file) is None
+        found.lock([file])
+        assert found.bytes_of(file).unique().tolist() == [2]
+        found.keep_only([file])
+        memory.settle()
+        assert found.size_bytes == memory.file_bytes == 8192
+        found.give_up()
+
+
+def test_originals_of_a_file_that_cannot_be_mapped_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("layerstream.streaming.engine.mapped.file_pages", refuse_mapping)
+    model = MappedWalker(tmp_path / "weights")
+    session = model.attach()
+    session.load(plan_for(session, ALL_STREAMED), **changed_of(session, 2.0))
+    x = make_input(model.walker)
+    assert session.spare_bytes == 0 and torch.equal(one_pass(session, model.walker, x), expected_of(x, 2.0))
 
 
 def test_originals_make_way_for_slabs_and_for_others(tmp_path, monkeypatch):
