@@ -262,7 +262,11 @@ class BlockLoader:
         """The slab of block `index`, if there is one of that kind with what `mark` says."""
         slab = self.store.get(index)
         is_valid = slab is not None and (slab.layout is not None) == is_packed and self._marks[index] == mark
-        return slab if is_valid else None
+        return slab if is_valid and (self.host_room.is_readable(index) or not self.is_on_file(index)) else None
+
+    def is_on_file(self, index: int) -> bool:
+        """Whether the slab of block `index` is pages of its file, which nobody can change in place."""
+        return isinstance(self.store.get(index), FileSlab)
 
     def _keep(self, index: int, block: Block, cut: int, mark: Hashable, changed: Changed) -> None:
         """Put the moving weights on the device, in one piece of memory.

@@ -285,6 +285,7 @@ class Session:
                 or previous.forms[index] is not plan.forms[index]
                 or old.blocks[index] != marks.blocks[index]
                 or (index in was_in_file) != (index in host_room.in_file)
+                or (all_in_slabs and self._loader.is_on_file(index))
             ]
             is_outside_stale = afresh or old is None or old.outside != marks.outside
             # What goes is given back before anything comes, so that the sum never exceeds the larger of both plans.

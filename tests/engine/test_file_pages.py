@@ -132,6 +132,29 @@ def test_of_a_block_each_run_of_weights_is_one_copy(tmp_path):
     assert [len(slab.pieces) for slab in slabs_of(session)] == [2, 2], "a bias lies between the matrices"
 
 
+@pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
+def test_weights_that_will_be_changed_in_place_get_slabs_of_their_own(tmp_path, kept):
+    """Scheduled LoRAs change what the module holds; a copy of the file's pages would not follow."""
+    model = MappedWalker(tmp_path / "weights")
+    x = make_input(model.walker)
+    session = model.attach()
+    plan = plan_for(session, kept)
+    session.load(plan)
+    assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
+    session.load(plan, all_in_slabs=True)
+    assert all(isinstance(slab, Slab) for slab in slabs_of(session))
+    session.discard_fetched()
+    for block in model.walker.blocks:
+        block.up.weight.data.mul_(2.0)
+        block.down.weight.data.mul_(2.0)
+    assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 2.0))
+    for block in model.walker.blocks:
+        block.up.weight.data.mul_(0.5)
+        block.down.weight.data.mul_(0.5)
+    session.load(plan)
+    assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
+
+
 def test_what_lies_scattered_is_gathered_in_a_slab(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "WORTH_LOCKING_BYTES", LARGE)
     model = MappedWalker(tmp_path / "weights")
