@@ -31,10 +31,16 @@ def on_simulated_card(monkeypatch, seed: int = 0, size_gib: float = CARD_GIB, is
 
 
 def give_ram(monkeypatch, size_bytes: int) -> None:
-    """Let it seem as though copies of mapped weights may take `size_bytes` more than now."""
+    """Let it seem as though copies of mapped weights may take `size_bytes` more than now. Pages of files are free to a
+    system, locked or not.
+    """
     real, memory = psutil.virtual_memory(), host_memory()
     full_bytes = memory.total_bytes + size_bytes + max(LEAST_LEFT_BYTES, int(LEFT_SHARE * real.total))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=full_bytes - memory.total_bytes))
+
+    def shown() -> object:
+        return real._replace(available=full_bytes - memory.total_bytes + memory.file_bytes)
+
+    monkeypatch.setattr(psutil, "virtual_memory", shown)
 
 
 def locks_of(monkeypatch, streamed: StreamingModelPatcher) -> list[int]:
