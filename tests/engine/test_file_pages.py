@@ -16,7 +16,7 @@ from layerstream.streaming.engine.mapped import FileSlice
 from layerstream.streaming.engine.originals import Originals
 from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
-from layerstream.streaming.engine.store import FileSlab, HostStore, Slab, Stretch
+from layerstream.streaming.engine.store import FileSlab, HostStore, Stretch
 
 from late_device import LateDevice
 from mapped_walker import HEADER_BYTES, MappedWalker
@@ -56,8 +56,9 @@ def mappings_of(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
 
 
-def slabs_of(session: Session) -> list[object]:
-    return [moving.origin for moving in session._moving.values()]
+def on_file(session: Session, memory: HostMemory) -> float:
+    """Which share of what streams lies in locked pages of its file."""
+    return memory.file_bytes / session.host_bytes
 
 
 def changed_of(session: Session, factor: float):
@@ -87,11 +88,11 @@ def expected_of(x: torch.Tensor, factor: float) -> torch.Tensor:
 @pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
 def test_what_streams_is_not_read_and_is_in_memory_once(tmp_path, read_bytes, kept):
     model = MappedWalker(tmp_path / "weights")
-    x, before = make_input(model.walker), mappings_of(model.path)
-    session = model.attach()
+    x, before, memory = make_input(model.walker), mappings_of(model.path), HostMemory()
+    session = model.attach(host_memory=memory)
     session.load(plan_for(session, kept))
-    streamed_bytes = sum(moving.raw_bytes for moving in session._moving.values())
-    assert all(isinstance(slab, FileSlab) for slab in slabs_of(session))
+    streamed_bytes = session.plan.streamed_bytes
+    assert on_file(session, memory) == 1
     assert session.host_bytes == session.page_locked_bytes >= streamed_bytes
     assert sum(read_bytes) <= session.total_bytes - streamed_bytes, "what stays"
     assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
@@ -126,23 +127,32 @@ def model_slice(file, begin: int, size_bytes: int):
 
 
 def test_of_a_block_each_run_of_weights_is_one_copy(tmp_path):
+    class Counting(SimulatedDevice):
+        sizes: list[int] = []
+
+        def copy(self, destination, source, stream, compute) -> None:
+            self.sizes.append(destination.nbytes)
+            super().copy(destination, source, stream, compute)
+
     model = MappedWalker(tmp_path / "weights", torch.float32, count=2, width=256, inner=(256,))
-    session = model.attach()
+    session = model.attach(device=Counting(1 << 30))
     session.load(plan_for(session, ALL_STREAMED))
-    assert [len(slab.pieces) for slab in slabs_of(session)] == [2, 2], "a bias lies between the matrices"
+    session.device.sizes.clear()
+    one_pass(session, model.walker, make_input(model.walker))
+    assert set(session.device.sizes) == {256 * 256 * 4}, "a bias lies between the matrices of a block"
 
 
 @pytest.mark.parametrize("kept", [ALL_STREAMED, 0.5])
 def test_weights_that_will_be_changed_in_place_get_slabs_of_their_own(tmp_path, kept):
     """Scheduled LoRAs change what the module holds; a copy of the file's pages would not follow."""
-    model = MappedWalker(tmp_path / "weights")
+    model, memory = MappedWalker(tmp_path / "weights"), HostMemory()
     x = make_input(model.walker)
-    session = model.attach()
+    session = model.attach(host_memory=memory)
     plan = plan_for(session, kept)
     session.load(plan)
-    assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
+    assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0)) and on_file(session, memory) == 1
     session.load(plan, all_in_slabs=True)
-    assert all(isinstance(slab, Slab) for slab in slabs_of(session))
+    assert on_file(session, memory) == 0
     session.discard_fetched()
     for block in model.walker.blocks:
         block.up.weight.data.mul_(2.0)
@@ -157,10 +167,10 @@ def test_weights_that_will_be_changed_in_place_get_slabs_of_their_own(tmp_path, 
 
 def test_what_lies_scattered_is_gathered_in_a_slab(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "WORTH_LOCKING_BYTES", LARGE)
-    model = MappedWalker(tmp_path / "weights")
-    session = model.attach()
+    model, memory = MappedWalker(tmp_path / "weights"), HostMemory()
+    session = model.attach(host_memory=memory)
     session.load(plan_for(session, ALL_STREAMED))
-    assert all(isinstance(slab, Slab) for slab in slabs_of(session))
+    assert on_file(session, memory) == 0
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 7, 1000])
@@ -174,14 +184,13 @@ def test_where_the_system_refuses_the_bits_are_the_same(tmp_path, allowed):
             self.left -= is_file
             return not (is_file and self.left < 0) and super().page_lock(memory, is_file)
 
-    model = MappedWalker(tmp_path / "weights")
+    model, memory = MappedWalker(tmp_path / "weights"), HostMemory()
     x = make_input(model.walker)
-    session = model.attach(device=Refusing(1 << 30))
+    session = model.attach(device=Refusing(1 << 30), host_memory=memory)
     for _ in range(2):
         session.load(plan_for(session, ALL_STREAMED))
         assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
-        kinds = {type(slab) for slab in slabs_of(session)}
-        assert kinds == ({FileSlab} if allowed > 1 else {Slab})
+        assert on_file(session, memory) == (allowed > 1)
         session.unload()
     session.close()
     assert session.device.locked_bytes == 0
@@ -195,7 +204,7 @@ def test_a_ceiling_on_locked_memory_holds_for_pages_of_files(tmp_path):
     session = model.attach(host_memory=memory)
     session.load(plan_for(session, ALL_STREAMED))
     assert 0 < memory.file_bytes <= memory.locked_bytes <= most_bytes
-    assert {type(slab) for slab in slabs_of(session)} == {FileSlab, Slab}
+    assert 0 < on_file(session, memory) < 1
     assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
     session.close()
     assert memory.file_bytes == memory.locked_bytes == memory.total_bytes == 0
@@ -216,12 +225,12 @@ def test_a_file_that_became_shorter_is_an_error_and_no_crash(tmp_path):
 
 
 def test_a_descriptor_that_cannot_be_mapped_has_weights_copied(tmp_path, monkeypatch):
-    model = MappedWalker(tmp_path / "weights")
+    model, memory = MappedWalker(tmp_path / "weights"), HostMemory()
     x = make_input(model.walker)
     monkeypatch.setattr("layerstream.streaming.engine.mapped.file_pages", refuse_mapping)
-    session = model.attach()
+    session = model.attach(host_memory=memory)
     session.load(plan_for(session, ALL_STREAMED))
-    assert all(isinstance(slab, Slab) for slab in slabs_of(session))
+    assert on_file(session, memory) == 0
     assert torch.equal(one_pass(session, model.walker, x), expected_of(x, 1.0))
 
 
