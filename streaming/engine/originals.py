@@ -41,7 +41,8 @@ class Originals:
         self._device = device
         self._host_memory = host_memory
         self._slabs: dict[_Key, FileSlab] = {}
-        self._can_lock = CAN_LOCK
+        self.can_lock = CAN_LOCK
+        """False where no pages of files can be locked, as far as it was tried."""
         self.size_bytes = 0
         host_memory.spares.add(self)
 
@@ -64,13 +65,13 @@ class Originals:
             except OSError as error:
                 if error.errno is None:
                     raise
-                self._can_lock = False  # it cannot be mapped
+                self.can_lock = False  # it cannot be mapped
                 return
             self._slabs[_key(file)] = slab
             self.size_bytes += slab.size_bytes
 
     def _may_lock(self, size_bytes: int) -> bool:
-        return size_bytes > 0 and self._can_lock and self._host_memory.may_lock(size_bytes, LEFT_BYTES)
+        return size_bytes > 0 and self.can_lock and self._host_memory.may_lock(size_bytes, LEFT_BYTES)
 
     def relieve(self) -> None:
         """Give up all where so little is free that they would not be locked now."""
@@ -84,12 +85,14 @@ class Originals:
             return None
         if slab.is_locked:
             return slab.pieces[0].stored
-        self._can_lock = False
+        self.can_lock = False
         self.give_up()
         return None
 
     def keep_only(self, files: Collection[FileSlice]) -> None:
         """Have all others given up soon."""
+        if not self._slabs:
+            return
         for key in self._slabs.keys() - set(map(_key, files)):
             slab = self._slabs.pop(key)
             self.size_bytes -= slab.size_bytes
@@ -104,8 +107,8 @@ class Originals:
         """Wait until all are locked that can be."""
         for slab in self._slabs.values():
             if not slab.is_locked:
-                self._can_lock = False
-        if not self._can_lock:
+                self.can_lock = False
+        if not self.can_lock:
             self.give_up()
 
 

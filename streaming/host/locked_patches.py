@@ -104,7 +104,7 @@ class Ferry:
 
     def _in_file(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The bytes of `tensor` in the locked pages of its file; None where it has none, or they cannot be locked."""
-        file = file_of(tensor)
+        file = file_of(tensor) if self._files.can_lock else None
         if file is None:
             return None
         whole = file.whole()

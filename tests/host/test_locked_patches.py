@@ -118,6 +118,19 @@ def test_what_lies_in_a_file_comes_from_there_and_the_file_is_locked_once(lora_f
     ferry.close()
 
 
+def test_where_files_cannot_be_locked_nothing_is_asked_of_them(lora_file, monkeypatch):
+    """On Windows what ComfyUI notes of a file is no number that the system's calls here take."""
+    monkeypatch.setattr(originals, "CAN_LOCK", False)
+    device, memory = LateDevice(), HostMemory()
+    values = lora_file([(0.5, ("diff", (torch.randn(100),)), 1.0, None, None)])
+    monkeypatch.setattr("os.fstat", lambda descriptor: pytest.fail("no such file"))
+    ferry = Ferry(device, memory, Originals(device, memory))
+    found = ferry.on_card(values)
+    device.compute_stream().synchronize()
+    assert torch.equal(tensors_in(values)[0], tensors_in(found)[0])
+    ferry.close()
+
+
 def test_a_value_of_which_a_part_lies_in_no_file_goes_by_buffers(lora_file):
     device, memory = LateDevice(), HostMemory()
     files = Originals(device, memory)
