@@ -241,12 +241,12 @@ class BlockLoader:
         self, raw: torch.Tensor, index: int, block: Block, cut: int, mark: Hashable, changed: Changed
     ) -> None:
         """Fill device memory with a block's bytes to be packed."""
+        raw.zero_()  # the gaps between weights are packed too
         slab = self._valid_slab(index, mark)
         if slab is not None:
             for begin, stored in slab.pieces:
                 raw[begin : begin + stored.nbytes].copy_(stored)
             return
-        raw.zero_()  # the gaps between weights are packed too
         self._store_moving(block, cut, changed, raw, is_on_device=True)
 
     def _store_moving(
