@@ -14,7 +14,7 @@ from layerstream.nodes.layer_stream_clip import LayerStreamClip
 from layerstream.nodes.layer_stream_model import LayerStreamModel
 from layerstream.nodes.offload_policy import OffloadPolicy
 from layerstream.nodes.vram_budget import VramBudget
-from layerstream.streaming.engine.host_memory import HostMemoryFull
+from layerstream.streaming.engine.host_memory import Claim, HostMemoryFull
 from layerstream.streaming.engine.plan import BudgetTooSmall
 from layerstream.streaming.host.budget import Budget, host_memory, within
 from layerstream.streaming.host.devices import device_for
@@ -218,9 +218,9 @@ def test_windows_locks_less_of_ram_so_that_buffers_can_be(monkeypatch, card, sha
     ram = psutil.virtual_memory()._replace(total=int((host.locked_bytes + memory.nbytes) / share))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
     monkeypatch.setattr(sys, "platform", "win32")
-    locking = host.take(memory, device)
-    assert locking.result() is is_locked
-    host.give_back(memory.nbytes, memory.data_ptr(), locking, device)
+    claim = Claim(memory, device, host)
+    assert claim.is_locked is is_locked
+    claim.close()
 
 
 def test_a_part_that_would_be_kept_locked_goes_without_where_ram_is_short(card, load, sample):
