@@ -205,7 +205,7 @@ class BlockLoader:
             return valid
         if self.host_room.is_readable(index):
             stretches = self._stretches(block, cut)
-            on_file = self.store.build_on_file(index, block.offset_of(cut), block.bytes_from(cut), stretches)
+            on_file = self.store.build_on_file(index, block.bytes_from(cut), stretches)
             if on_file is not None:
                 self._marks[index] = mark
                 return on_file

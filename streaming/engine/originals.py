@@ -16,7 +16,7 @@ import torch
 from .device import Device
 from .host_memory import GIB, HostMemory
 from .mapped import CAN_LOCK, FileSlice
-from .store import FileSlab, Stretch
+from .store import FileSlab, Stretch, slab_on_file
 
 # So much of what may be locked and taken is left, to slabs and to what else needs RAM.
 LEFT_BYTES = 8 * GIB
@@ -60,12 +60,9 @@ class Originals:
         for file in new:
             if not (may_all or self._may_lock(file.size_bytes)):
                 return
-            try:
-                slab = FileSlab(self._device, self._host_memory, 0, file.size_bytes, [Stretch(0, file)])
-            except OSError as error:
-                if error.errno is None:
-                    raise
-                self.can_lock = False  # it cannot be mapped
+            slab = slab_on_file(self._device, self._host_memory, file.size_bytes, [Stretch(0, file)])
+            if slab is None:
+                self.can_lock = False
                 return
             self._slabs[_key(file)] = slab
             self.size_bytes += slab.size_bytes

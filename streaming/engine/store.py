@@ -102,10 +102,7 @@ class FileSlab:
 
     layout = None
 
-    def __init__(
-        self, device: Device, host_memory: HostMemory, base: int, nbytes: int, stretches: Sequence[Stretch]
-    ) -> None:
-        self.base = base
+    def __init__(self, device: Device, host_memory: HostMemory, nbytes: int, stretches: Sequence[Stretch]) -> None:
         self.nbytes = nbytes
         self._stretches = stretches
         pages = [stretch.file.pages() for stretch in stretches]
@@ -130,6 +127,17 @@ class FileSlab:
         for claim in self._claims:
             claim.close()
         self.pieces = ()  # not before: what is locked must not go away
+
+
+def slab_on_file(device: Device, host_memory: HostMemory, nbytes: int, stretches: Sequence[Stretch]) -> FileSlab | None:
+    """A `FileSlab`, or None where the file cannot be mapped. Raises OSError when it has become shorter."""
+    try:
+        return FileSlab(device, host_memory, nbytes, stretches)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        logger.debug("the file cannot be mapped, so weights are copied: %s", error)
+        return None
 
 
 def _pages(size_bytes: int) -> torch.Tensor:
@@ -190,9 +198,9 @@ class HostStore:
         self._add(index, slab)
         return slab
 
-    def build_on_file(self, index: int, base: int, nbytes: int, stretches: Sequence[Stretch]) -> FileSlab | None:
-        """The same on the pages that the system keeps of the block's file, in place of the slab that it had; None, and
-        that stays, where they cannot be locked, or lie so scattered that copies of them would be slow.
+    def build_on_file(self, index: int, nbytes: int, stretches: Sequence[Stretch]) -> FileSlab | None:
+        """The same on the pages that the system keeps of the block's file, in place of the slab that it had; None where
+        they cannot be locked, or lie so scattered that copies of them would be slow.
 
         Raises OSError when the file has become shorter, and HostMemoryFull.
         """
@@ -202,12 +210,8 @@ class HostStore:
         if self._can_lock_files is False or not is_worth or not self.host_memory.may_lock(size_bytes, edges_bytes):
             return None
         self.drop(index)
-        try:
-            slab = FileSlab(self._device, self.host_memory, base, nbytes, stretches)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            logger.debug("the file cannot be mapped, so weights are copied: %s", error)
+        slab = slab_on_file(self._device, self.host_memory, nbytes, stretches)
+        if slab is None:
             self._can_lock_files = False
             return None
         if self._can_lock_files is None:

@@ -112,7 +112,7 @@ def test_neighbours_of_a_file_are_one_copy_and_weights_that_lie_apart_several(tm
         assert not first.file.is_followed_by(second.file, 2048), "their places in the block have a gap between them"
         whole = first.file.up_to(second.file)
         assert (whole.offset, whole.size_bytes) == (first.file.offset, 2048)
-        slab = FileSlab(SimulatedDevice(1 << 20), HostMemory(), 0, 3072, [Stretch(0, whole), apart])
+        slab = FileSlab(SimulatedDevice(1 << 20), HostMemory(), 3072, [Stretch(0, whole), apart])
         assert [(begin, stored.nbytes) for begin, stored in slab.pieces] == [(0, 2048), (2048, 1024)]
         found = torch.zeros(3072, dtype=torch.uint8)
         slab.read_into(found)
