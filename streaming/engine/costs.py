@@ -6,14 +6,23 @@ times mean nothing, no times are known.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+
+import torch
 
 from .block import ModelBlocks
 from .device import Device
 from .forecast import BlockCost, Rates
 from .meter import BlockTimes, Meter
 from .moving import cut_of, packable_dtype
-from .packing import expected_share
+from .packing import PACKABLE, expected_share
+
+# What a block is counted as against what it packed to before: patches change that by less.
+PACKED_MARGIN = 1.002
+
+# And against what others packed to, while it was not packed itself.
+SHARE_MARGIN = 1.01
 
 
 class CostSheet:
@@ -37,8 +46,8 @@ class CostSheet:
 
     def of(self, order: Sequence[int], unpacked: Container[int] = ()) -> list[BlockCost]:
         """The costs of the blocks in `order`; those in `unpacked` may not be packed."""
-        times = self._times()
-        return [self._cost(index, times.get(index), index not in unpacked) for index in order]
+        times, shares = self._times(), self._shares()
+        return [self._cost(index, times.get(index), index not in unpacked, shares) for index in order]
 
     def uses(self, index: int) -> int:
         """How often block `index` is brought in a pass, if it streams; once, as far as was not seen."""
@@ -47,14 +56,30 @@ class CostSheet:
     def _times(self) -> dict[int, BlockTimes]:
         return self._meter.best.blocks if self._meter.best and self._device.has_clock else {}
 
-    def _cost(self, index: int, times: BlockTimes | None, may_pack: bool) -> BlockCost:
+    def _shares(self) -> dict[torch.dtype, float]:
+        """What blocks pack to of their bytes, by dtype: as those did that were packed, and before that as is typical."""
+        raw_bytes: Counter[torch.dtype] = Counter()
+        packed_bytes: Counter[torch.dtype] = Counter()
+        for index, stored_bytes in self._packed_bytes.items():
+            block = self._blocks[index]
+            size_bytes, dtype = block.bytes_from(cut_of(block)), packable_dtype(block)
+            if dtype is not None and stored_bytes < size_bytes:
+                raw_bytes[dtype] += size_bytes
+                packed_bytes[dtype] += stored_bytes
+        typical = {dtype: expected_share(dtype) for dtype in PACKABLE}
+        return typical | {dtype: SHARE_MARGIN * packed_bytes[dtype] / raw_bytes[dtype] for dtype in raw_bytes}
+
+    def _cost(
+        self, index: int, times: BlockTimes | None, may_pack: bool, shares: Mapping[torch.dtype, float]
+    ) -> BlockCost:
         block = self._blocks[index]
         cut = cut_of(block)
         fixed, moving = block.offset_of(cut), block.bytes_from(cut)
         packed: int | None = None
         dtype = packable_dtype(block)
         if may_pack and dtype is not None and self._device.packer is not None:
-            packed = self._packed_bytes.get(index, int(moving * expected_share(dtype)))
+            known = self._packed_bytes.get(index)
+            packed = min(moving, int(moving * shares[dtype] if known is None else PACKED_MARGIN * known))
         # A device's clock may tell nonsense now and then, which costs a worse plan and must not cost the run.
         lead_ms, compute_ms = (max(0.0, times.lead_ms), max(0.0, times.compute_ms)) if times else (0.0, 0.0)
         packed = packed if packed != moving else None

@@ -7,7 +7,9 @@ form go by the same marks, which say what a slab holds.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
 
 import torch
 
@@ -26,6 +28,8 @@ from .packing import Layout
 from .staging import Staged
 from .store import FileSlab, HostStore, Slab, Stretch, packed_slab_bytes
 
+logger = logging.getLogger("layerstream")
+
 # What a weight is to hold: None for its home tensor, else the changed one, on any device.
 Changed = Callable[[Weight], torch.Tensor | None]
 
@@ -34,6 +38,9 @@ FileOf = Callable[[torch.Tensor], FileSlice | None]
 
 # Of blocks after the one that is brought, so much is looked at for what to read ahead; more than the buffers hold.
 AHEAD_BYTES = 256 * 1024**2
+
+# What was reserved for packed bytes by what they were last time, or by what such weights pack to, may be so much more.
+MOST_OF_NEED = 1.02
 
 # Index of what lies outside the blocks, among the slabs.
 OUTSIDE = -1
@@ -126,8 +133,20 @@ class BlockLoader:
         """Bring the moving weights of `block`, of which its module has the home tensors, into `form`; None if resident.
 
         A block that turns out not worth packing is left raw where it was to be, and one that has no room in RAM because
-        others packed to more than was thought in its file.
+        others packed to more than was thought in its file. Where the device runs out of memory, what only this load
+        holds there is given back first. Raises torch.OutOfMemoryError when that does not help.
         """
+        try:
+            return self._place(index, block, form, mark, changed)
+        except torch.OutOfMemoryError:
+            pass  # and with the error what it refers to
+        logger.info("LayerStream: no memory on the device to load %s: trying again with more given back", block.name)
+        for weight in block.weights[cut_of(block) :]:
+            weight.put(weight.home)
+        self._give_back()
+        return self._place(index, block, form, mark, changed)
+
+    def _place(self, index: int, block: Block, form: Form, mark: Hashable, changed: Changed) -> MovingBlock | None:
         cut = cut_of(block)
         if index in self.host_room.in_file:
             return self._leave_in_file(index, block, cut)
@@ -142,8 +161,8 @@ class BlockLoader:
         stored, layout = packed
         if not form.is_streamed:
             self.store.drop(index)
-            self._keep_packed(block.weights[cut], stored)
-            return _restored(block, cut, None, layout, mark)
+            kept_bytes = self._keep_packed(index, block.weights[cut], stored)
+            return _restored(block, cut, None, layout, mark, kept_bytes)
         if not self.host_room.may_replace(index, packed_slab_bytes(layout.stored_bytes)):
             return self._leave_in_file(index, block, cut)
         slab = self.store.build_packed(index, block.offset_of(cut), layout)
@@ -152,13 +171,16 @@ class BlockLoader:
         self._marks[index] = mark
         return _restored(block, cut, slab, layout, mark)
 
-    def _keep_packed(self, weight: Weight, packed: torch.Tensor) -> None:
-        """Keep packed bytes on the device, carried by a home tensor of `weight` that only the module holds."""
-        kept = self._device.allocate(packed.nbytes)
+    def _keep_packed(self, index: int, weight: Weight, packed: torch.Tensor) -> int:
+        """Keep packed bytes on the device, carried by a home tensor of `weight` that only the module holds; give the
+        bytes that they take there.
+        """
+        kept = self._take(index, packed.nbytes)
         kept.copy_(packed)
         own = weight.home.detach() if weight.sites[0].is_buffer else as_parameter(weight.home)
         setattr(own, KEPT, kept)
         weight.put(own)
+        return kept.untyped_storage().nbytes()
 
     def _place_raw(
         self, index: int, block: Block, cut: int, form: Form, mark: Hashable, changed: Changed
@@ -280,9 +302,7 @@ class BlockLoader:
             is_shelved = self.host_room.may_shelve(block, size_bytes)
         if is_shelved:
             slab = self._raw_slab(index, block, cut, mark, changed)
-        memory = self._reserved.pop(index, None)
-        if memory is None:
-            memory = self._device.allocate(size_bytes)
+        memory = self._take(index, size_bytes)
         if slab is not None:
             self._returns.finish()  # by which it may just be written
             # At the link's full speed, unlike homes in pages of a file, while the next block is made ready for its own.
@@ -389,14 +409,31 @@ class BlockLoader:
         weights = (weight for block in patched for weight in block.weights if will_change(weight))
         self.originals.keep_only(set(self._files(weights)))
 
-    def reserve(self, blocks: Mapping[int, Block]) -> None:
-        """Take the device memory of blocks that will stay there as they are, by their index; no hole among them stays
-        from what was worked on before.
+    def reserve(self, sizes: Mapping[int, int]) -> None:
+        """Take the device memory of blocks that will stay there, bytes by their index; no hole among them stays from
+        what was worked on before or will be. What the device refuses is asked for again in its turn.
         """
+        if not sizes:
+            return
+        self._give_back()
+        with suppress(torch.OutOfMemoryError):
+            for index, size_bytes in sizes.items():
+                self._reserved[index] = self._device.allocate(size_bytes)
+
+    def _give_back(self) -> None:
+        """Give back what only working on weights takes of the device; whoever works on more takes it again."""
+        self._returns.finish()
         self._turns.finish()
+        self.packer.finish()
         self._device.trim()
-        for index, block in blocks.items():
-            self._reserved[index] = self._device.allocate(block.bytes_from(cut_of(block)))
+
+    def _take(self, index: int, size_bytes: int) -> torch.Tensor:
+        """Device memory for what stays of block `index`: what was reserved for it, unless that suits it badly."""
+        reserved = self._reserved.pop(index, None)
+        if reserved is not None and size_bytes <= reserved.nbytes <= MOST_OF_NEED * size_bytes:
+            return reserved[:size_bytes]
+        del reserved
+        return self._device.allocate(size_bytes)
 
     def finish(self) -> None:
         """End a load: give back what packing takes of the device, and what was reserved and not used."""
@@ -422,6 +459,9 @@ def _is_verbatim(weight: Weight) -> bool:
     return weight.codec.is_verbatim and not weight.dtype_changes
 
 
-def _restored(block: Block, cut: int, slab: Slab | None, layout: Layout, mark: Hashable) -> MovingBlock:
+def _restored(
+    block: Block, cut: int, slab: Slab | None, layout: Layout, mark: Hashable, kept_bytes: int = 0
+) -> MovingBlock:
     """A block that is restored from packed bytes in `slab`, or from those that it keeps on the device."""
-    return MovingBlock(block, cut, block.bytes_from(cut), slab, layout, differs=mark is not None)
+    differs = mark is not None
+    return MovingBlock(block, cut, block.bytes_from(cut), slab, layout, differs=differs, kept_bytes=kept_bytes)

@@ -49,7 +49,7 @@ class MovingBlock:
     """A block whose weights from `cut` on are brought or restored each time it runs.
 
     `origin` is where the bytes are that cross the link, packed if there is a `layout`; None for a block that is kept
-    packed on the device. `raw_bytes` is what it is when it runs. A packed block that holds changed weights `differs`
+    packed on the device, where it takes `kept_bytes`. `raw_bytes` is what it is when it runs. A packed block that holds changed weights `differs`
     from the home tensors that stand in its module while it does not run.
     """
 
@@ -59,6 +59,7 @@ class MovingBlock:
     origin: Slab | FileSlab | Staged | None
     layout: Layout | None
     differs: bool = False
+    kept_bytes: int = 0
 
     @property
     def link_bytes(self) -> int:

@@ -11,7 +11,7 @@ from anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -165,8 +165,7 @@ class Session:
         moving = self._moving.get(index)
         if moving is None:
             return block.weight_bytes()
-        packed_bytes = 0 if moving.origin is not None or moving.layout is None else moving.layout.stored_bytes
-        return block.offset_of(moving.cut) + packed_bytes
+        return block.offset_of(moving.cut) + moving.kept_bytes
 
     @property
     def ring_bytes(self) -> int:
@@ -204,8 +203,7 @@ class Session:
     @property
     def packed_resident_bytes(self) -> int:
         """Bytes that packed blocks take of the device for good."""
-        kept = (moving.layout for _, moving in self._moved() if moving.origin is None)
-        return sum(layout.stored_bytes for layout in kept if layout is not None)
+        return sum(moving.kept_bytes for _, moving in self._moved())
 
     def _moved(self) -> tuple[tuple[int, MovingBlock], ...]:
         """The blocks that move, by index, in a copy made at one go: sizes are read by other threads, to be shown."""
@@ -335,6 +333,11 @@ class Session:
             for index, cost in zip(streamed, self._costs.of(streamed), strict=True)
         }
 
+    def _packed_sizes(self, indices: Sequence[int]) -> dict[int, int]:
+        """Bytes that blocks which stay packed take, as far as is known by now."""
+        costs = zip(indices, self._costs.of(indices), strict=True)
+        return {index: cost.packed_bytes for index, cost in costs if cost.packed_bytes}
+
     def _load_blocks(
         self,
         plan: Plan,
@@ -349,18 +352,22 @@ class Session:
         for index in stale:
             self._moving.pop(index, None)
             self._loader.keep_first(blocks[index], cut_of(blocks[index]), changed)
-        # Packing wants device memory that residents will have afterwards, so it comes first. So does working out what
-        # changed weights are, which goes on between residents: they have their memory before, lest it leave holes.
+        # Packing wants device memory that raw residents will have afterwards, so it comes first. So does working out
+        # what changed weights are, which goes on between residents: what stays has its memory before, lest what is
+        # worked on leave holes that the next has no room in.
         stale.sort(key=lambda index: (not plan.forms[index].is_packed, not plan.forms[index].is_streamed))
         staying = [index for index in stale if plan.forms[index] is Form.RESIDENT]
+        packed = [index for index in stale if plan.forms[index] is Form.RESIDENT_PACKED]
         for number, index in enumerate(stale):
             block, mark = blocks[index], marks.blocks[index]
             coming = ((i, blocks[i], plan.forms[i], marks.blocks[i]) for i in stale[number:])
             self._loader.look_ahead(coming, will_change)
             if not plan.forms[index].is_packed:
                 self._loader.packer.finish()
+            if packed and index == packed[0]:
+                self._loader.reserve(self._packed_sizes(packed))
             if staying and index == staying[0]:
-                self._loader.reserve({index: blocks[index] for index in staying})
+                self._loader.reserve({index: blocks[index].bytes_from(cut_of(blocks[index])) for index in staying})
             moving = self._loader.place(index, block, plan.forms[index], mark, changed)
             if moving is not None:
                 self._moving[index] = moving

@@ -1,0 +1,122 @@
+"""A device short of memory while a model is loaded: no holes between what stays, and a second try of what it refused."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from layerstream.streaming.engine.forecast import Form
+from layerstream.streaming.engine.packing import PlainPacker
+from layerstream.streaming.engine.session import Marks
+from layerstream.streaming.engine.simulated import SimulatedDevice
+
+from walkers import attach, make_input, make_walker, one_pass, plan_for
+
+
+class ArenaDevice(SimulatedDevice):
+    """Gives the first gap that is large enough, in one arena, so that what lies in the way counts."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 26, packer=PlainPacker())
+        self.taken: dict[int, int] = {}
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        place = 0
+        for begin, taken_bytes in sorted(self.taken.items()):
+            if begin - place >= size_bytes:
+                break
+            place = begin + taken_bytes
+        memory = super().allocate(size_bytes)
+        if size_bytes:
+            self.taken[place] = size_bytes
+            weakref.finalize(memory.untyped_storage(), self.taken.pop, place)
+        return memory
+
+    @property
+    def hole_bytes(self) -> int:
+        """Bytes of the gaps before what is taken last."""
+        return max((begin + size for begin, size in self.taken.items()), default=0) - sum(self.taken.values())
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_what_is_worked_on_leaves_no_holes_between_what_stays(is_packed):
+    walker, device = make_walker(), ArenaDevice()
+    session = attach(walker, device)
+    plan = plan_for(session, 0.6, is_packed=is_packed)
+    kept = [form for form in plan.forms if not form.is_streamed]
+    assert len(kept) >= 3 and set(kept) == {Form.RESIDENT_PACKED if is_packed else Form.RESIDENT}
+
+    def work(weight):
+        room = device.allocate(3 * weight.codec.stored_bytes)  # as patches are worked out: in a wider dtype
+        return (room[: weight.codec.stored_bytes].view(weight.home.dtype).view_as(weight.home)).copy_(weight.home * 2)
+
+    for name in ("first", "again"):
+        session.load(plan, marks=Marks((name,) * 8, name), changed=work)
+        assert device.hole_bytes == 0, f"{name}: {sorted(device.taken.items())}"
+        assert device.used_bytes == session.resident_bytes == sum(device.taken.values())
+    session.close()
+    assert device.used_bytes == 0
+
+
+class RefusingDevice(SimulatedDevice):
+    """Refuses one allocation after `is_counting` was set: the one that comes after `left` others."""
+
+    left = -1
+    is_counting = False
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        self.left -= self.is_counting
+        if self.is_counting and self.left == -1:
+            raise torch.OutOfMemoryError("simulated device: refused")
+        return super().allocate(size_bytes)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["raw", "packed"])
+def test_what_a_device_refuses_once_while_loading_is_asked_for_again(is_packed):
+    walker = make_walker()
+    x = make_input(walker)
+    doubled = make_walker()
+    for block in doubled.blocks:
+        block.down.weight.mul_(2)
+    expected, refused = doubled(x), 0
+    for left in range(30):
+        device = RefusingDevice(1 << 26, packer=PlainPacker())
+        session = attach(walker, device)
+        plan = plan_for(session, 0.5, is_packed=is_packed)
+        device.left = left
+
+        def work(weight, device=device, session=session):
+            if not weight.keys[0].endswith("down.weight"):
+                return None
+            device.is_counting = True  # what is taken before the first block has nothing that could make way
+            on_device = session.home_on_device(weight)
+            room = device.allocate(weight.codec.stored_bytes).view(weight.home.dtype).view_as(weight.home)
+            return torch.mul(weight.home if on_device is None else on_device, 2, out=room)
+
+        session.load(plan, marks=Marks(("doubled",) * 8, None), changed=work)
+        device.is_counting = False
+        refused += device.left < 0
+        assert torch.equal(one_pass(session, walker, x), expected), f"after refusal {left}"
+        session.end_run()
+        assert device.used_bytes == session.resident_bytes
+        session.close()
+    assert refused >= 15, "there were as many allocations to refuse"
+
+
+def test_what_a_device_always_refuses_is_an_error():
+    walker, device = make_walker(), SimulatedDevice(1 << 26)
+    x = make_input(walker)
+    expected = walker(x)
+    session = attach(walker, device)
+    plan = plan_for(session, 0.5)
+
+    def refuse(weight):
+        raise torch.OutOfMemoryError("no room for patches")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room for patches"):
+        session.load(plan, marks=Marks(("doubled",) * 8, None), changed=refuse)
+    assert session.plan is None and device.used_bytes == 0
+    session.load(plan)
+    assert torch.equal(one_pass(session, walker, x), expected)
+    session.close()
