@@ -57,7 +57,7 @@ class CostSheet:
         return self._meter.best.blocks if self._meter.best and self._device.has_clock else {}
 
     def _shares(self) -> dict[torch.dtype, float]:
-        """What blocks pack to of their bytes, by dtype: as those did that were packed, and before that as is typical."""
+        """What blocks pack to of their bytes, by dtype: as those did that were packed, or else what is typical."""
         raw_bytes: Counter[torch.dtype] = Counter()
         packed_bytes: Counter[torch.dtype] = Counter()
         for index, stored_bytes in self._packed_bytes.items():

@@ -49,8 +49,8 @@ class MovingBlock:
     """A block whose weights from `cut` on are brought or restored each time it runs.
 
     `origin` is where the bytes are that cross the link, packed if there is a `layout`; None for a block that is kept
-    packed on the device, where it takes `kept_bytes`. `raw_bytes` is what it is when it runs. A packed block that holds changed weights `differs`
-    from the home tensors that stand in its module while it does not run.
+    packed on the device, where it takes `kept_bytes`. `raw_bytes` is what it is when it runs. A packed block that holds
+    changed weights `differs` from the home tensors that stand in its module while it does not run.
     """
 
     block: Block

@@ -1,4 +1,4 @@
-"""A device short of memory while a model is loaded: no holes between what stays, and a second try of what it refused."""
+"""A device short of memory while a model is loaded: no holes between what stays, and what it refused is asked again."""
 
 from __future__ import annotations
 
