@@ -1,4 +1,6 @@
-"""Counts how a model multiplies its weights: with which operators, of quantised or of plain matrices."""
+"""Counts how a model multiplies its weights: with which operators, of quantised or of plain matrices. And multiplies
+matrices of fp8 in the time that plain ones take.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +51,23 @@ def counted_products() -> Iterator[Products]:
             yield products
     finally:
         QuantizedTensor.dequantize = dequantise
+
+
+def scaled_mm(
+    matrix: torch.Tensor,
+    other: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale_result: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> torch.Tensor:
+    """`torch._scaled_mm` of one scale a matrix. On processors with AMX but no fp8, oneDNN works that out element by
+    element: 10 s for a product of 256 x 256 by 1024 x 256.
+    """
+    assert scale_a.numel() == scale_b.numel() == 1 and scale_result is None and not use_fast_accum
+    product = torch.mm(matrix.float(), other.float()) * (scale_a * scale_b)
+    if bias is not None:
+        product += bias.float()
+    return product.to(out_dtype)

@@ -14,7 +14,7 @@ from layerstream.streaming.engine.moving import cut_of
 
 from loras import apply, make_lora
 from opened import HOST
-from products import DEQUANTISED, Products, counted_products
+from products import DEQUANTISED, Products, counted_products, scaled_mm
 from quantised import KINDS, File, is_in, load, parts_of, write
 from scripts.division import divide, narrow_units
 from scripts.family_matrix import ALL_STREAMED, HALF, stream
@@ -30,6 +30,17 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+def test_matrices_of_fp8_multiply_as_torch_does(out_dtype, has_bias):
+    torch.manual_seed(1)
+    matrix, other = (torch.randn(16, 32).to(torch.float8_e4m3fn) for _ in range(2))
+    scales = {"scale_a": torch.tensor(0.3), "scale_b": torch.tensor(1.7)}
+    how = {**scales, "bias": torch.randn(16, dtype=out_dtype) if has_bias else None, "out_dtype": out_dtype}
+    expected = torch._scaled_mm(matrix, other.t(), **how)
+    torch.testing.assert_close(scaled_mm(matrix, other.t(), **how), expected, rtol=2**-7, atol=0.01)
+
+
 class Loaded(NamedTuple):
     name: str
     kind: str
@@ -43,6 +54,7 @@ def loaded(request, monkeypatch, tmp_path) -> Iterator[Loaded]:
     on_simulated_card(monkeypatch, seed=4)
     if KINDS[kind].computes_in_fp8:
         monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
         if HOST.version != OLDER:  # torch has its newer product of scaled matrices on cards alone
             monkeypatch.setattr(importlib.import_module("comfy_kitchen.scaled_mm_v2"), "has_scaled_mm_v2", bool)
     file, path = write(name, kind, tmp_path)
