@@ -8,6 +8,7 @@ host must be open (`hosts.open_host`) before anything here is called.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ Patcher = Any
 
 # ComfyUI leaves these to the file. Other buffers are computed when the model is built.
 EMPTY_BUFFERS = ("pos_embed",)
+
+# How many values all weights are taken from: most models of tests have fewer, the largest weights too.
+DRAWN = 1 << 22
 
 
 def is_in_host(name: str) -> bool:
@@ -164,14 +168,31 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     """Give every weight random values that keep activations of order one; none is constant."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
+        values = _normal(parameter.shape, generator)
         if parameter.ndim > 1:
-            values /= math.sqrt(parameter[0].numel())
+            values = values / math.sqrt(parameter[0].numel())
         elif "norm" in name:
             values = 1 + 0.1 * values
         else:
-            values *= 0.05
+            values = values * 0.05
         parameter.data.copy_(values)
     for name, buffer in module.named_buffers():
         if name.rpartition(".")[2] in EMPTY_BUFFERS:
-            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+            buffer.copy_(_normal(buffer.shape, generator))
+
+
+def _normal(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Normal values, to be read only, from a place in DRAWN of them that `generator` draws: drawing each takes longer
+    than most that tests do with it.
+    """
+    count = shape.numel()
+    if count > DRAWN:
+        return torch.randn(shape, generator=generator)
+    begin = int(torch.randint(DRAWN, (), generator=generator))
+    return _drawn()[begin : begin + count].view(shape)
+
+
+@functools.cache
+def _drawn() -> torch.Tensor:
+    """DRAWN normal values twice over, so that as many follow on each."""
+    return torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).repeat(2)

@@ -83,7 +83,13 @@ MODELS: dict[str, Model] = {
     "sdxl-refiner": Model(
         "SDXLRefiner",
         _REFINER,
-        {"model_channels": 64, "context_dim": 64},
+        {
+            "model_channels": 64,
+            "context_dim": 64,
+            "transformer_depth": [0, 0, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_middle": 1,
+            "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        },
         latent=(4, 16, 16),
         text=text(64),
         pooled=1280,

@@ -48,12 +48,12 @@ def test_equal_bits(monkeypatch, load, sample, resident, family, kept, prefetch)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_bits_through_the_file_loader(monkeypatch, load, sample, family):
     model = load(family, size="narrow")
-    expected = sample(model, steps=1, cfg=3.0)
+    expected = sample(model, steps=1)
     on_simulated_card(monkeypatch)
     streamed = stream(model, 0.5)
-    assert torch.equal(sample(streamed, steps=1, cfg=3.0), expected)
+    assert torch.equal(sample(streamed, steps=1), expected)
     assert streamed.streaming_report()["streamed_bytes_per_step"] > 0
-    assert torch.equal(sample(model, steps=1, cfg=3.0), expected)
+    assert torch.equal(sample(model, steps=1), expected)
 
 
 def test_every_weight_matters_to_this_comparison(monkeypatch, load, sample):
