@@ -1,9 +1,8 @@
 """Pages of host memory: how the system is asked for them, and told what becomes of them.
 
 In: a size, or where pages lie. Out: memory of exactly that size; the pages of a file where the system keeps them;
-advice; an allocator that keeps what it has. Beside
-them the few threads that work on memory where one would be slower, because the system copies or clears pages for
-whoever asks.
+advice; an allocator that keeps what it has. Beside them the few threads that work on memory where one would be slower,
+because the system copies or clears pages for whoever asks.
 """
 
 from __future__ import annotations
