@@ -38,6 +38,8 @@ KEPT_PAGES = {
     ":glibc.malloc.trim_threshold=2147483648"
 }
 """Has it keep them too when they are freed. Processes that run for long hold more of them than they use."""
+SLOWEST = ("--durations=5", "--durations-min=10")
+"""Has each run name what took it longest: what takes milliseconds on one processor took minutes on another."""
 AT_A_TIME = 2
 """How many runs of tests share the machine: each takes one processor and, at its peak, 5 to 10 GiB."""
 
@@ -130,7 +132,7 @@ def run_tests(name: str, folder: str, environment: Mapping[str, str]) -> Outcome
     report = REPORTS / f"{name}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    arguments = ["pytest", folder, f"--junitxml={report}", "-o", f"junit_suite_name={name}"]
+    arguments = ["pytest", folder, f"--junitxml={report}", "-o", f"junit_suite_name={name}", *SLOWEST]
     run = check(name, arguments, {**LARGE_PAGES, **environment})
     counts = count_report(report)
     # Interrupted before its end, or nothing collected: no report, or one without failures, must not look like success.
