@@ -27,7 +27,7 @@ Patcher = Any
 # ComfyUI leaves these to the file. Other buffers are computed when the model is built.
 EMPTY_BUFFERS = ("pos_embed",)
 
-# How many values all weights are taken from: most models of tests have fewer, the largest weights too.
+# How many values weights of up to that size are taken from.
 DRAWN = 1 << 22
 
 

@@ -39,7 +39,7 @@ FileOf = Callable[[torch.Tensor], FileSlice | None]
 # Of blocks after the one that is brought, so much is looked at for what to read ahead; more than the buffers hold.
 AHEAD_BYTES = 256 * 1024**2
 
-# What was reserved for packed bytes by what they were last time, or by what such weights pack to, may be so much more.
+# What is reserved for packed bytes, whose number is known only afterwards, may be so much of what they take.
 MOST_OF_NEED = 1.02
 
 # Index of what lies outside the blocks, among the slabs.
@@ -413,8 +413,6 @@ class BlockLoader:
         """Take the device memory of blocks that will stay there, bytes by their index; no hole among them stays from
         what was worked on before or will be. What the device refuses is asked for again in its turn.
         """
-        if not sizes:
-            return
         self._give_back()
         with suppress(torch.OutOfMemoryError):
             for index, size_bytes in sizes.items():

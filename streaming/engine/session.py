@@ -326,17 +326,15 @@ class Session:
         return self._loader.home_on_device(weight)
 
     def _slab_sizes(self, plan: Plan) -> dict[int, int]:
-        """Bytes of the slabs that `plan` asks for, as far as they are known, in the order in which blocks run."""
-        streamed = [index for index in self._costs.order() if plan.forms[index].is_streamed]
+        """Bytes of the slabs that `plan` asks for, in the order in which blocks run."""
+        return self._sizes(plan, [index for index in self._costs.order() if plan.forms[index].is_streamed])
+
+    def _sizes(self, plan: Plan, indices: Sequence[int]) -> dict[int, int]:
+        """Bytes that what moves of those blocks takes by `plan`, packed or raw, as far as they are known."""
         return {
             index: cost.packed_bytes if plan.forms[index].is_packed and cost.packed_bytes else cost.moving_bytes
-            for index, cost in zip(streamed, self._costs.of(streamed), strict=True)
+            for index, cost in zip(indices, self._costs.of(indices), strict=True)
         }
-
-    def _packed_sizes(self, indices: Sequence[int]) -> dict[int, int]:
-        """Bytes that blocks which stay packed take, as far as is known by now."""
-        costs = zip(indices, self._costs.of(indices), strict=True)
-        return {index: cost.packed_bytes for index, cost in costs if cost.packed_bytes}
 
     def _load_blocks(
         self,
@@ -356,18 +354,17 @@ class Session:
         # what changed weights are, which goes on between residents: what stays has its memory before, lest what is
         # worked on leave holes that the next has no room in.
         stale.sort(key=lambda index: (not plan.forms[index].is_packed, not plan.forms[index].is_streamed))
-        staying = [index for index in stale if plan.forms[index] is Form.RESIDENT]
-        packed = [index for index in stale if plan.forms[index] is Form.RESIDENT_PACKED]
+        staying = {
+            form: [index for index in stale if plan.forms[index] is form] for form in Form if not form.is_streamed
+        }
         for number, index in enumerate(stale):
             block, mark = blocks[index], marks.blocks[index]
-            coming = ((i, blocks[i], plan.forms[i], marks.blocks[i]) for i in stale[number:])
-            self._loader.look_ahead(coming, will_change)
             if not plan.forms[index].is_packed:
                 self._loader.packer.finish()
-            if packed and index == packed[0]:
-                self._loader.reserve(self._packed_sizes(packed))
-            if staying and index == staying[0]:
-                self._loader.reserve({index: blocks[index].bytes_from(cut_of(blocks[index])) for index in staying})
+            if kept := staying.pop(plan.forms[index], None):  # this is their first
+                self._loader.reserve(self._sizes(plan, kept))
+            coming = ((i, blocks[i], plan.forms[i], marks.blocks[i]) for i in stale[number:])
+            self._loader.look_ahead(coming, will_change)
             moving = self._loader.place(index, block, plan.forms[index], mark, changed)
             if moving is not None:
                 self._moving[index] = moving

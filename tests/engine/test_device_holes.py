@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from layerstream.streaming.engine import bounce
+from layerstream.streaming.engine.block import Weight
 from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.packing import PlainPacker
-from layerstream.streaming.engine.session import Marks
+from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 
 from mapped_walker import MappedWalker
-from walkers import attach, make_input, make_walker, one_pass, plan_for
+from walkers import Walker, attach, make_input, make_walker, one_pass, plan_for
 
 
 class ArenaDevice(SimulatedDevice):
@@ -61,6 +63,26 @@ def test_what_is_worked_on_leaves_no_holes_between_what_stays(is_packed):
     assert device.used_bytes == 0
 
 
+def make_doubled(**sizes) -> Walker:
+    """The walker with what `will_change` names twice as large."""
+    walker = make_walker(**sizes)
+    for block in walker.blocks:
+        block.down.weight.mul_(2)
+    return walker
+
+
+def will_change(weight: Weight) -> bool:
+    return weight.keys[0].endswith("down.weight")
+
+
+def double(weight: Weight, session: Session, before_result: Callable[[], object] = lambda: None) -> torch.Tensor:
+    """Work out twice `weight` on the device, in memory that is asked for after `before_result`."""
+    on_device = session.home_on_device(weight)
+    before_result()
+    room = session.device.allocate(weight.codec.stored_bytes).view(weight.home.dtype).view_as(weight.home)
+    return torch.mul(weight.home if on_device is None else on_device, 2, out=room)
+
+
 class RefusingDevice(SimulatedDevice):
     """Refuses one allocation after `is_counting` was set: the one that comes after `left` others."""
 
@@ -79,9 +101,7 @@ class RefusingDevice(SimulatedDevice):
 def test_what_a_device_refuses_once_while_loading_is_asked_for_again(monkeypatch, tmp_path, is_packed, is_mapped):
     """Mapped, while what comes next is being read and is on its way."""
     monkeypatch.setattr(bounce, "WORTH_BYTES", 0)
-    doubled = make_walker()
-    for block in doubled.blocks:
-        block.down.weight.mul_(2)
+    doubled = make_doubled()
     x = make_input(doubled)
     expected, refused = doubled(x), 0
     sizes = {"width": doubled.width, "inner": (512,)}
@@ -96,16 +116,11 @@ def test_what_a_device_refuses_once_while_loading_is_asked_for_again(monkeypatch
         plan = plan_for(session, 0.5, is_packed=is_packed)
         device.left = left
 
-        def will_change(weight):
-            return weight.keys[0].endswith("down.weight")
-
-        def work(weight, device=device, session=session, will_change=will_change):
+        def work(weight, device=device, session=session):
             if not will_change(weight):
                 return None
             device.is_counting = True  # what is taken before the first block has nothing that could make way
-            on_device = session.home_on_device(weight)
-            room = device.allocate(weight.codec.stored_bytes).view(weight.home.dtype).view_as(weight.home)
-            return torch.mul(weight.home if on_device is None else on_device, 2, out=room)
+            return double(weight, session)
 
         session.load(plan, marks=Marks(("doubled",) * 8, None), changed=work, will_change=will_change)
         device.is_counting = False
@@ -119,26 +134,21 @@ def test_what_a_device_refuses_once_while_loading_is_asked_for_again(monkeypatch
 
 def test_what_only_loading_takes_is_given_back_before(tmp_path):
     """The place in which the next weight comes is room enough for what was refused."""
-    doubled = make_walker(width=256, inner=(1024,))
-    for block in doubled.blocks:
-        block.down.weight.mul_(2)
+    doubled = make_doubled(width=256, inner=(1024,))
     x = make_input(doubled)
     expected = doubled(x)
     model, device = MappedWalker(tmp_path / "weights"), SimulatedDevice(1 << 26)
     session, calls = model.attach(device=device), []
 
-    def will_change(weight):
-        return weight.keys[0].endswith("down.weight")
+    def take_the_rest():
+        if len(calls) == 3:
+            device.budget_bytes = device.used_bytes  # someone else has it
 
     def work(weight):
         if not will_change(weight):
             return None
-        on_device = session.home_on_device(weight)
         calls.append(weight.keys[0])
-        if len(calls) == 3:
-            device.budget_bytes = device.used_bytes  # someone else takes the rest
-        room = device.allocate(weight.codec.stored_bytes).view(weight.home.dtype).view_as(weight.home)
-        return torch.mul(on_device, 2, out=room)
+        return double(weight, session, take_the_rest)
 
     session.load(plan_for(session, 0.0), marks=Marks(("doubled",) * 8, None), changed=work, will_change=will_change)
     assert calls[2] == calls[3], "it was not refused"
@@ -155,7 +165,8 @@ def test_what_a_device_always_refuses_is_an_error():
     plan = plan_for(session, 0.5)
 
     def refuse(weight):
-        raise torch.OutOfMemoryError("no room for patches")
+        if will_change(weight):  # not what lies outside the blocks, for which nothing is tried twice
+            raise torch.OutOfMemoryError("no room for patches")
 
     with pytest.raises(torch.OutOfMemoryError, match="no room for patches"):
         session.load(plan, marks=Marks(("doubled",) * 8, None), changed=refuse)
