@@ -85,6 +85,8 @@ def _run(spec: StepSpec, open_way: Callable[[StepSpec], Opened], *, is_traced: b
         run = timed_run(lambda: sample(prepared.model, spec), spec.runs)
         residency = prepared.residency(run.calls_per_step)
         changed = sample(prepared.at_strength(0.5), spec) if prepared.at_strength else None
+        if changed is not None:
+            run = run._replace(latent=torch.cat([run.latent, changed.latent[None]]))
         trace = _trace(prepared.model, spec) if is_traced else None
     facts = {
         "patcher": type(prepared.model).__name__,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class SamplingRun(NamedTuple):
     """`first_step_s` runs from the call to the first step's end and so includes the load; `steps_s` are the others.
-    `loop_ms` is how fast the processor was (`bench.processor`)."""
+    `loop_ms` is how fast the processor was (`bench.processor`). Of several runs in one, `latent` has theirs stacked."""
 
     latent: torch.Tensor
     first_step_s: float
@@ -50,10 +50,18 @@ class Measured(NamedTuple):
 
 def timed_run(sample: Callable[[], SamplingRun], runs: int) -> SamplingRun:
     """Sample `runs` times. The first step is the first run's and the other times are the last run's, when whatever
-    learns has learned; the processor's speed is taken right before and right after that one."""
+    learns has learned; the processor's speed is taken right before and right after that one. All latents are kept: what
+    learns does so in the runs that are not timed."""
+    import torch
+
     earlier = [sample() for _ in range(runs - 1)]
     before_ms = loop_times_ms()
     last = sample()
     loop_ms = statistics.median([*before_ms, *loop_times_ms()])
-    first_step_s = [*earlier, last][0].first_step_s
-    return last._replace(first_step_s=first_step_s, next_first_step_s=last.first_step_s, loop_ms=loop_ms)
+    all_runs = [*earlier, last]
+    return last._replace(
+        latent=torch.stack([run.latent for run in all_runs]),
+        first_step_s=all_runs[0].first_step_s,
+        next_first_step_s=last.first_step_s,
+        loop_ms=loop_ms,
+    )

@@ -1,7 +1,8 @@
 """One contender in its own process: samples, and prints what it took as one line of JSON.
 
-In: the contender's name, a spec file, and a path for the final latent. Out: JSON on the last line of standard output,
-the latent as safetensors. It measures nothing of the card beyond its own allocator: the holder sees the whole card.
+In: the contender's name, a spec file, and a path for the latents. Out: JSON on the last line of standard output, the
+latents of all prompts as safetensors. It measures nothing of the card beyond its own allocator: the holder sees the
+whole card.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def latent_sha256(latent) -> str:
 
 
 def run(name: str, spec: StepSpec, latent_path: Path) -> dict:
-    """Sample with contender `name`, write its latent to `latent_path`, and return its row of the result."""
+    """Sample with contender `name`, write its latents to `latent_path`, and return its row of the result."""
     ram_available_gib = psutil.virtual_memory().available / GIB
     measured = CONTENDERS[name].measure(spec)
     import torch

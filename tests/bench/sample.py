@@ -43,7 +43,7 @@ def small_picture(family: str) -> Picture:
 
 
 def compare(family: str, host_path: Path) -> dict:
-    """The resident run's latent, whether the streamed one's is the same, and how much streamed."""
+    """The resident run's only latent, whether the streamed one's is the same, and how much streamed."""
     import comfy.model_management
     import torch
 
@@ -66,11 +66,11 @@ def compare(family: str, host_path: Path) -> dict:
     resident, streamed = run_stock(spec), run_layerstream(spec)
     comfy.model_management.unload_all_models()
     gc.collect()
-    latent = resident.run.latent
+    (latent,), (streamed_latent,) = resident.run.latent, streamed.run.latent
     return {
         "shape": list(latent.shape),
         "is_finite": bool(latent.isfinite().all()),
-        "is_equal": torch.equal(latent, streamed.run.latent),
+        "is_equal": torch.equal(latent, streamed_latent),
         "largest": latent.abs().max().item(),
         "streamed_bytes": streamed.residency.streamed_bytes_per_step,
         "patchers": [resident.facts["patcher"], streamed.facts["patcher"]],

@@ -39,13 +39,14 @@ def test_the_loop_runs_right_before_and_right_after_the_prompt_that_is_timed(eve
     assert events == ["sample", "sample", "loop", "sample", "loop"]
     assert run.loop_ms == 14.5
     assert (run.first_step_s, run.next_first_step_s, run.steps_s) == (10.0, 30.0, [3.0])
-    assert run.latent.item() == 3
+    assert run.latent.tolist() == [[1], [2], [3]]
 
 
 def test_a_single_prompt_is_first_and_timed(events: list[str]) -> None:
     run = timed_run(sampler(events), 1)
     assert events == ["loop", "sample", "loop"]
     assert (run.first_step_s, run.next_first_step_s, run.steps_s) == (10.0, 10.0, [1.0])
+    assert run.latent.tolist() == [[1]]
 
 
 def test_the_loop_takes_a_time_that_a_clock_can_tell() -> None:
