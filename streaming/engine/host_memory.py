@@ -3,8 +3,8 @@
 In: memory that someone is about to use for good, and ceilings that may change at any time. Out: claims, which count it
 and lock its pages, and a refusal with a remedy where there is no room. Nothing is allocated or written here.
 
-Locking takes longer than reading from the system's cache of files, so a thread of its own does it while slabs are
-filled.
+Locking takes longer than reading from the system's cache of files, so a thread of its own does it, once the pages are
+there, while slabs are filled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import torch
@@ -124,17 +124,20 @@ class HostMemory:
             self.total_bytes += size_bytes
             self.locked_bytes += size_bytes * may_lock
             self.file_bytes += size_bytes * (use is Use.FILE)
-        if may_lock:
-            bring = fetch_pages if use is Use.FILE else populate  # not before: what is refused shall take nothing
-            bring(memory)
-            if use is not Use.BUFFER:
-                return self._locker.submit(self._lock, memory, device, use)
+        cleared: list[Future[None]] = []
+        if may_lock and use is Use.FILE:
+            fetch_pages(memory)
+        elif may_lock:  # what is refused shall take nothing
+            cleared = populate(memory)
+        if may_lock and use is not Use.BUFFER:
+            return self._locker.submit(self._lock, memory, device, use, cleared)
         locked: Future[bool] = Future()
-        locked.set_result(may_lock and self._lock(memory, device, use))
+        locked.set_result(may_lock and self._lock(memory, device, use, cleared))
         return locked
 
-    def _lock(self, memory: torch.Tensor, device: Device, use: Use) -> bool:
+    def _lock(self, memory: torch.Tensor, device: Device, use: Use, cleared: list[Future[None]]) -> bool:
         size_bytes = memory.nbytes
+        wait(cleared)
         try:
             is_locked = device.page_lock(memory, is_file=use is Use.FILE)
         except RuntimeError as error:  # the device fails in all things, which whoever uses it will say

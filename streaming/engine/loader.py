@@ -8,7 +8,7 @@ form go by the same marks, which say what a slab holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -38,6 +38,9 @@ FileOf = Callable[[torch.Tensor], FileSlice | None]
 
 # Of blocks after the one that is brought, so much is looked at for what to read ahead; more than the buffers hold.
 AHEAD_BYTES = 256 * 1024**2
+
+# A block that is about to be placed: its index, form, and the mark of what it is to hold.
+Coming = tuple[int, Block, Form, Hashable]
 
 # What is reserved for packed bytes, whose number is known only afterwards, may be so much of what they take.
 MOST_OF_NEED = 1.02
@@ -82,10 +85,13 @@ class BlockLoader:
         slabs = (self.store.get(index) for index, mark in self._marks.items() if mark is not None)
         return sum(slab.size_bytes for slab in slabs if slab is not None)
 
-    def look_ahead(
-        self, coming: Iterable[tuple[int, Block, Form, Hashable]], will_change: Callable[[Weight], bool]
-    ) -> None:
-        """Begin to read what `place` will bring to the device of these blocks, soonest first.
+    def look_ahead(self, coming: Sequence[Coming], will_change: Callable[[Weight], bool]) -> None:
+        """Begin what `place` will need of these blocks, soonest first."""
+        self._read_ahead(coming, will_change)
+        self._begin_slabs(coming)
+
+    def _read_ahead(self, coming: Iterable[Coming], will_change: Callable[[Weight], bool]) -> None:
+        """Begin to read what will be brought to the device.
 
         Nothing is begun while what comes next is not brought there: buffers would take RAM that slabs may have.
         """
@@ -108,6 +114,19 @@ class BlockLoader:
         self.originals.lock(worked_on)
         self._bounce.look_ahead(file for file in files if file != self._turns.under_way)
         self._turns.look_ahead(worked_on)
+
+    def _begin_slabs(self, coming: Iterable[Coming]) -> None:
+        """Begin new slabs of blocks that cannot do without one, which so have their room in any case."""
+        ahead_bytes = 0
+        for number, (index, block, form, _) in enumerate(coming):
+            if form is not Form.STREAMED or ahead_bytes >= AHEAD_BYTES:
+                return
+            if self.store.get(index) is not None or self.host_room.is_readable(index):
+                continue
+            cut = cut_of(block)
+            if not self.store.begin(index, block.offset_of(cut), block.bytes_from(cut)):
+                return
+            ahead_bytes += block.bytes_from(cut) if number else 0
 
     def _brought(
         self, index: int, block: Block, form: Form, mark: Hashable, will_change: Callable[[Weight], bool]

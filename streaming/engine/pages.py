@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -127,10 +127,11 @@ def copy_alone(source: torch.Tensor, destination: torch.Tensor) -> None:
     ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.nbytes)
 
 
-def populate(memory: torch.Tensor) -> None:
-    """Have the pages of `memory`, as `anonymous_pages` gives it, there before anyone touches them, where the system can
-    do that: locking them would have them cleared one after another.
+def populate(memory: torch.Tensor) -> list[Future[None]]:
+    """Begin to have the pages of `memory`, as `anonymous_pages` gives it, there, where the system can do that: locking
+    them would have them cleared one after another. The memory must outlive what is given.
     """
-    if sys.platform == "linux":
-        pieces = memory.split(POPULATE_BYTES)
-        list(threads.map(lambda piece: advise(piece.data_ptr(), piece.nbytes, POPULATE_WRITE), pieces))
+    if sys.platform != "linux":
+        return []
+    pieces = memory.split(POPULATE_BYTES)
+    return [threads.submit(advise, piece.data_ptr(), piece.nbytes, POPULATE_WRITE) for piece in pieces]

@@ -357,15 +357,14 @@ class Session:
         staying = {
             form: [index for index in stale if plan.forms[index] is form] for form in Form if not form.is_streamed
         }
-        for number, index in enumerate(stale):
-            block, mark = blocks[index], marks.blocks[index]
-            if not plan.forms[index].is_packed:
+        coming = [(index, blocks[index], plan.forms[index], marks.blocks[index]) for index in stale]
+        for number, (index, block, form, mark) in enumerate(coming):
+            if not form.is_packed:
                 self._loader.packer.finish()
-            if kept := staying.pop(plan.forms[index], None):  # this is their first
+            if kept := staying.pop(form, None):  # this is their first
                 self._loader.reserve(self._sizes(plan, kept))
-            coming = ((i, blocks[i], plan.forms[i], marks.blocks[i]) for i in stale[number:])
-            self._loader.look_ahead(coming, will_change)
-            moving = self._loader.place(index, block, plan.forms[index], mark, changed)
+            self._loader.look_ahead(coming[number:], will_change)
+            moving = self._loader.place(index, block, form, mark, changed)
             if moving is not None:
                 self._moving[index] = moving
             done += block.weight_bytes()

@@ -170,6 +170,7 @@ class HostStore:
         self._device = device
         self.host_memory = host_memory
         self._slabs: dict[int, Slab | FileSlab] = {}
+        self._begun: dict[int, Slab] = {}
         self._locking: list[Slab | FileSlab] = []
         self._warned = False
         # Not known before it was tried, since it is the file's system that may refuse.
@@ -191,10 +192,24 @@ class HostStore:
         """What the slabs of other blocks than those of `indices` take."""
         return sum(slab.size_bytes for index, slab in self._slabs.items() if index not in indices)
 
+    def begin(self, index: int, base: int, size_bytes: int) -> bool:
+        """Make what `build` will be asked for, so that its pages are there and locked by then; False if it has no room.
+
+        It counts among what all models take, and not yet among `host_bytes`.
+        """
+        try:
+            if index not in self._begun:
+                self._begun[index] = Slab(self._device, self.host_memory, base, size_bytes)
+        except HostMemoryFull:
+            return False
+        return True
+
     def build(self, index: int, base: int, size_bytes: int, layout: Layout | None = None) -> Slab:
         """Make the slab of block `index`; its old one, if any, must have been dropped."""
         assert index not in self._slabs
-        slab = Slab(self._device, self.host_memory, base, size_bytes, layout)
+        begun = self._begun.pop(index, None)
+        slab = begun or Slab(self._device, self.host_memory, base, size_bytes, layout)
+        assert (slab.base, slab.stored.nbytes, slab.layout) == (base, size_bytes, layout)
         self._add(index, slab)
         return slab
 
@@ -229,7 +244,10 @@ class HostStore:
         self.host_bytes += slab.size_bytes
 
     def finish(self) -> None:
-        """Wait until all slabs are locked that can be."""
+        """Wait until all slabs are locked that can be, and give up what was begun in vain."""
+        for begun in self._begun.values():
+            begun.close()
+        self._begun.clear()
         for slab in self._locking:
             self.page_locked_bytes += slab.size_bytes * slab.is_locked
             if not slab.is_locked and not self._warned:

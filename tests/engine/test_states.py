@@ -61,9 +61,18 @@ class Disk:
 
 
 class PickyDevice(SimulatedDevice):
-    """Locks pages of files `file_locks` times and refuses them then."""
+    """Locks pages of files `file_locks` times and refuses them then; refuses memory once, after `grants` pieces."""
 
     file_locks = 0
+    grants: int | None = None
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        if self.grants is not None:
+            self.grants -= 1
+            if self.grants < 0:
+                self.grants = None
+                raise torch.OutOfMemoryError("refused once")
+        return super().allocate(size_bytes)
 
     def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
         self.file_locks -= is_file
@@ -142,10 +151,12 @@ class SessionWalk:
         is_short = self._likely(0.15)
         if is_short:
             self.device.budget_bytes = int(self.chance.random() * plan.device_bytes)
+        self.device.grants = self.chance.randint(0, 6 * COUNT) if self._likely(0.2) else None
+        is_refused = self.device.grants is not None
         self.disk.left = self.chance.randint(0, 30) if self._likely(0.15) else None
         may_fail = {
             BrokenOff: fails_at is not None,
-            torch.OutOfMemoryError: is_short,
+            torch.OutOfMemoryError: is_short or is_refused,
             HostMemoryFull: self.ceilings.total_bytes is not None,
             OSError: self.disk.left is not None,
         }
@@ -172,7 +183,7 @@ class SessionWalk:
             self.session.load(plan, marks=marks, changed=changed, will_change=self._changes, afresh=afresh)
         except tuple(may_fail) as error:
             failed = type(error)
-        self.device.budget_bytes, self.disk.left = CARD_BYTES, None
+        self.device.budget_bytes, self.device.grants, self.disk.left = CARD_BYTES, None, None
         self.is_loaded = failed is None
         self.done.append(str(how) if failed is None else failed.__name__)
         if failed is None:
