@@ -245,8 +245,6 @@ class HostStore:
 
     def finish(self) -> None:
         """Wait until all slabs are locked that can be, and give up what was begun in vain."""
-        for begun in self._begun.values():
-            begun.close()
         self._begun.clear()
         for slab in self._locking:
             self.page_locked_bytes += slab.size_bytes * slab.is_locked
