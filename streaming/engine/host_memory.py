@@ -124,15 +124,18 @@ class HostMemory:
             self.total_bytes += size_bytes
             self.locked_bytes += size_bytes * may_lock
             self.file_bytes += size_bytes * (use is Use.FILE)
-        cleared: list[Future[None]] = []
-        if may_lock and use is Use.FILE:
-            fetch_pages(memory)
-        elif may_lock:  # what is refused shall take nothing
-            cleared = populate(memory)
-        if may_lock and use is not Use.BUFFER:
-            return self._locker.submit(self._lock, memory, device, use, cleared)
         locked: Future[bool] = Future()
-        locked.set_result(may_lock and self._lock(memory, device, use, cleared))
+        if not may_lock:  # what is refused shall take no pages either
+            locked.set_result(False)
+            return locked
+        cleared: list[Future[None]] = []
+        if use is Use.FILE:
+            fetch_pages(memory)
+        else:
+            cleared = populate(memory)
+        if use is not Use.BUFFER:
+            return self._locker.submit(self._lock, memory, device, use, cleared)
+        locked.set_result(self._lock(memory, device, use, cleared))
         return locked
 
     def _lock(self, memory: torch.Tensor, device: Device, use: Use, cleared: list[Future[None]]) -> bool:

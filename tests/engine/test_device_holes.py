@@ -15,6 +15,7 @@ from layerstream.streaming.engine.session import Marks, Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
 
 from mapped_walker import MappedWalker
+from refusing_device import RefusingDevice
 from walkers import Walker, attach, make_input, make_walker, one_pass, plan_for
 
 
@@ -81,19 +82,6 @@ def double(weight: Weight, session: Session, before_result: Callable[[], object]
     before_result()
     room = session.device.allocate(weight.codec.stored_bytes).view(weight.home.dtype).view_as(weight.home)
     return torch.mul(weight.home if on_device is None else on_device, 2, out=room)
-
-
-class RefusingDevice(SimulatedDevice):
-    """Refuses one allocation after `is_counting` was set: the one that comes after `left` others."""
-
-    left = -1
-    is_counting = False
-
-    def allocate(self, size_bytes: int) -> torch.Tensor:
-        self.left -= self.is_counting
-        if self.is_counting and self.left == -1:
-            raise torch.OutOfMemoryError("simulated device: refused")
-        return super().allocate(size_bytes)
 
 
 @pytest.mark.parametrize("is_mapped", [False, True], ids=["loaded", "mapped"])

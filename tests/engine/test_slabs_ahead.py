@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from layerstream.streaming.engine import loader, store
-from layerstream.streaming.engine.block import Weight, take_apart
+from layerstream.streaming.engine.block import Weight
 from layerstream.streaming.engine.forecast import Form
 from layerstream.streaming.engine.host_memory import Ceilings, HostMemory
 from layerstream.streaming.engine.moving import cut_of
 from layerstream.streaming.engine.packing import PlainPacker
-from layerstream.streaming.engine.session import Marks, Session
+from layerstream.streaming.engine.session import Marks
 from layerstream.streaming.engine.simulated import SimulatedDevice
 
 from mapped_walker import MappedWalker
-from walkers import ALL_STREAMED, Walker, make_input, make_walker, one_pass, plan_for
+from walkers import ALL_STREAMED, Walker, attach, make_input, make_walker, one_pass, plan_for
 
 COUNT = 6
 
@@ -33,8 +33,7 @@ class Load:
         if mapped is not None:
             self.session = mapped.attach(device=self.device, host_memory=self.host_memory)
         else:
-            parts = take_apart(self.walker, self.walker.units())
-            self.session = Session(parts, self.device, lambda _: False, host_memory=self.host_memory)
+            self.session = attach(self.walker, self.device, host_memory=self.host_memory)
         self.taken: dict[int, int] = {}
         self.fails_at: str | None = None
 
@@ -48,14 +47,15 @@ class Load:
         self.taken.clear()
 
         def is_changed(weight: Weight) -> bool:
-            return marks[int(weight.keys[0].split(".")[1])] is not None and weight.keys[0].endswith("weight")
+            place, index, *_ = weight.keys[0].split(".")
+            return place == "blocks" and marks[int(index)] is not None and weight.keys[0].endswith("weight")
 
         def double(weight: Weight) -> torch.Tensor | None:
             if weight.keys[0].endswith("up.weight"):
                 self.taken[int(weight.keys[0].split(".")[1])] = self.host_memory.total_bytes
             if weight.keys[0] == self.fails_at:
                 raise Broken
-            return weight.home * 2 if weight.keys[0].startswith("blocks.") and is_changed(weight) else None
+            return weight.home * 2 if is_changed(weight) else None
 
         self.session.load(plan, marks=Marks(marks, None), changed=double, will_change=is_changed)
 
@@ -119,10 +119,6 @@ def test_a_ceiling_that_holds_all_slabs_is_enough():
 
 def test_what_may_lie_in_its_file_is_not_begun(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "WORTH_LOCKING_BYTES", 0)
-    load = Load(MappedWalker(tmp_path / "weights", count=COUNT, width=96, inner=(512,)))
-    marks = tuple("doubled" if index in (1, 4) else None for index in range(COUNT))
-    load(marks)
-    assert all(load.session._loader.is_on_file(index) == (mark is None) for index, mark in enumerate(marks))
     begun = []
     begin = store.HostStore.begin
 
@@ -131,6 +127,8 @@ def test_what_may_lie_in_its_file_is_not_begun(monkeypatch, tmp_path):
         return begin(self, index, *args)
 
     monkeypatch.setattr(store.HostStore, "begin", note)
-    again = Load(MappedWalker(tmp_path / "others", count=COUNT, width=96, inner=(512,)))
-    again(marks)
+    load = Load(MappedWalker(tmp_path / "weights", count=COUNT, width=96, inner=(512,)))
+    marks = tuple("doubled" if index in (1, 4) else None for index in range(COUNT))
+    load(marks)
+    assert all(load.session._loader.is_on_file(index) == (mark is None) for index, mark in enumerate(marks))
     assert set(begun) == {1, 4}

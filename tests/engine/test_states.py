@@ -20,9 +20,9 @@ from layerstream.streaming.engine.block import Weight, take_apart
 from layerstream.streaming.engine.host_memory import Ceilings, HostMemory, HostMemoryFull
 from layerstream.streaming.engine.packing import PlainPacker
 from layerstream.streaming.engine.session import Marks, Session
-from layerstream.streaming.engine.simulated import SimulatedDevice
 
 from mapped_walker import MappedWalker
+from refusing_device import RefusingDevice
 from walkers import make_input, make_walker, plan_for
 
 SEEDS, STEPS = 60, 60
@@ -60,19 +60,10 @@ class Disk:
         return self._read(descriptor, [buffers[0][:60_000]], position)
 
 
-class PickyDevice(SimulatedDevice):
-    """Locks pages of files `file_locks` times and refuses them then; refuses memory once, after `grants` pieces."""
+class PickyDevice(RefusingDevice):
+    """Locks pages of files `file_locks` times and refuses them then."""
 
     file_locks = 0
-    grants: int | None = None
-
-    def allocate(self, size_bytes: int) -> torch.Tensor:
-        if self.grants is not None:
-            self.grants -= 1
-            if self.grants < 0:
-                self.grants = None
-                raise torch.OutOfMemoryError("refused once")
-        return super().allocate(size_bytes)
 
     def page_lock(self, memory: torch.Tensor, is_file: bool = False) -> bool:
         self.file_locks -= is_file
@@ -151,8 +142,8 @@ class SessionWalk:
         is_short = self._likely(0.15)
         if is_short:
             self.device.budget_bytes = int(self.chance.random() * plan.device_bytes)
-        self.device.grants = self.chance.randint(0, 6 * COUNT) if self._likely(0.2) else None
-        is_refused = self.device.grants is not None
+        is_refused = self.device.is_counting = self._likely(0.2)
+        self.device.left = self.chance.randint(0, 6 * COUNT) if is_refused else -1
         self.disk.left = self.chance.randint(0, 30) if self._likely(0.15) else None
         may_fail = {
             BrokenOff: fails_at is not None,
@@ -183,7 +174,7 @@ class SessionWalk:
             self.session.load(plan, marks=marks, changed=changed, will_change=self._changes, afresh=afresh)
         except tuple(may_fail) as error:
             failed = type(error)
-        self.device.budget_bytes, self.device.grants, self.disk.left = CARD_BYTES, None, None
+        self.device.budget_bytes, self.device.is_counting, self.disk.left = CARD_BYTES, False, None
         self.is_loaded = failed is None
         self.done.append(str(how) if failed is None else failed.__name__)
         if failed is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from layerstream.streaming.engine.block import take_apart
+from layerstream.streaming.engine.host_memory import HostMemory
 from layerstream.streaming.engine.plan import Packing, Plan
 from layerstream.streaming.engine.session import Session
 from layerstream.streaming.engine.simulated import SimulatedDevice
@@ -58,8 +59,13 @@ def make_input(walker: Walker, batch: int = 3, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, walker.width, generator=generator).to(walker.entry.weight.dtype)
 
 
-def attach(walker: Walker, device: SimulatedDevice, keep_home=lambda tensor: False) -> Session:
-    return Session(take_apart(walker, walker.units()), device, keep_home)
+def attach(
+    walker: Walker,
+    device: SimulatedDevice,
+    keep_home=lambda tensor: False,
+    host_memory: HostMemory | None = None,
+) -> Session:
+    return Session(take_apart(walker, walker.units()), device, keep_home, host_memory=host_memory)
 
 
 def plan_for(session: Session, kept: float, prefetch: int = 2, is_packed: bool = False) -> Plan:
